@@ -1,0 +1,125 @@
+"""Batches of any nesting: how many samples they hold, where their tensors are, and the first samples of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def infer_batch_size(batch: Any) -> int:
+    """Return the number of samples of a batch: the length of the first axis of the first tensor in it.
+
+    Args:
+        batch: A tensor, or tensors nested in lists, tuples, mappings or dataclasses. An object with an integer
+            attribute ``batch_size`` or ``num_graphs`` is asked for it.
+
+    Returns:
+        The number of samples.
+
+    Raises:
+        ValueError: If there is no tensor with at least one axis.
+
+    Example:
+        >>> infer_batch_size({"x": torch.zeros(3, 8), "y": torch.zeros(3)})
+        3
+    """
+    for attribute in ("batch_size", "num_graphs"):
+        size = getattr(batch, attribute, None)
+        if isinstance(size, int):
+            return size
+    for tensor in _tensors(batch):
+        if tensor.dim() > 0:
+            return tensor.shape[0]
+    raise ValueError(
+        f"Expected a batch with a tensor whose first axis counts the samples, got {type(batch).__name__} without "
+        "one. Pass batch_size_fn=lambda batch: ... to say how many samples a batch has."
+    )
+
+
+def prepare_batch(batch: Any, device: torch.device) -> Any:
+    """Return the batch with its tensors on ``device`` and fit for autograd.
+
+    Tensors made under ``torch.inference_mode`` cannot be saved for a backward pass; those are copied.
+
+    Args:
+        batch: Tensors, nested in any way.
+        device: Where they are to be.
+
+    Returns:
+        The batch, of the same nesting.
+    """
+
+    def prepare(tensor: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            return (tensor.clone() if tensor.is_inference() else tensor).to(device)
+
+    return map_tensors(prepare, batch)
+
+
+def first_samples(batch: Any, num_samples: int) -> Any:
+    """Return the first samples of a batch.
+
+    Args:
+        batch: Tensors, nested in any way; what has not one entry per sample is kept whole.
+        num_samples: How many samples to keep.
+
+    Returns:
+        The batch itself if it is no larger.
+    """
+    size = infer_batch_size(batch)
+    if size <= num_samples:
+        return batch
+    return map_tensors(lambda t: t[:num_samples] if t.dim() > 0 and t.shape[0] == size else t, batch)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], data: Any) -> Any:
+    """Apply a function to every tensor in nested lists, tuples, mappings and dataclasses.
+
+    Args:
+        function: Takes and returns a tensor.
+        data: What to walk through. An object with a ``to`` method and no nesting that is known here (a packed
+            sequence, a graph) is moved to where a tensor would go, not walked through.
+
+    Returns:
+        The same nesting with new tensors.
+    """
+    if isinstance(data, Tensor):
+        return function(data)
+    if isinstance(data, tuple) and hasattr(data, "_fields"):  # a named tuple
+        return type(data)(*(map_tensors(function, item) for item in data))
+    if isinstance(data, list | tuple):
+        return type(data)(map_tensors(function, item) for item in data)
+    if isinstance(data, dict):
+        return _like_mapping(data, {key: map_tensors(function, item) for key, item in data.items()})
+    if is_dataclass(data) and not isinstance(data, type):
+        changes = {f.name: map_tensors(function, getattr(data, f.name)) for f in fields(data) if f.init}
+        return replace(data, **changes)
+    if callable(getattr(data, "to", None)):
+        return data.to(function(torch.empty(0)).device)
+    return data
+
+
+def _like_mapping(original: dict[Any, Any], items: dict[Any, Any]) -> Any:
+    if type(original) is dict:
+        return items
+    copied = original.copy()
+    copied.update(items)
+    return copied
+
+
+def _tensors(data: Any) -> Iterator[Tensor]:
+    if isinstance(data, Tensor):
+        yield data
+    elif isinstance(data, Mapping):
+        for item in data.values():
+            yield from _tensors(item)
+    elif isinstance(data, list | tuple):
+        for item in data:
+            yield from _tensors(item)
+    elif is_dataclass(data):
+        for field in fields(data):
+            yield from _tensors(getattr(data, field.name))

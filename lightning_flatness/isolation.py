@@ -1,0 +1,380 @@
+"""Leave no trace: run a module's forward pass and put back everything that it touched.
+
+A measurement runs the user's own code (``forward``, ``training_step``) many times. That code updates
+BatchNorm statistics and torchmetrics, appends to lists, counts steps, logs, and draws random numbers; none
+of it may reach the training run, and none of it may make the second evaluation of the loss differ from the
+first, for then the loss would not be a function of the weights. So:
+
+- ``isolated`` holds for one measurement: modes, RNG states, autocast, kernels, loggers, gradient hooks.
+- ``Isolation.forward_pass`` holds for one forward pass: it starts from the same buffers, the same Python state
+  and the same random numbers every time.
+
+Buffers are swapped for copies, never written to: the originals keep their identity and their bits, and
+several graphs can be alive although BatchNorm updates its statistics in place.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Mode = Literal["eval", "train"]
+
+_MAX_COPIED_BYTES = 64 * 2**20
+"""Tensors and arrays in plain attributes are copied up to this size; larger ones are taken to be data."""
+
+_FOREIGN_PACKAGES = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "tensorboard", "numpy"}
+"""Objects of classes from these packages (and the standard library) are not the user's state."""
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Draw the same random numbers inside, and leave every generator outside as it was.
+
+    Covers torch on the CPU and on ``device``, Python's ``random`` and NumPy's global generator.
+
+    Args:
+        seed: Seed of all generators inside the block.
+        device: The accelerator whose generator is covered too.
+    """
+    with preserved_rng(device):
+        seed_all(seed, device)
+        yield
+
+
+@contextmanager
+def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
+    """Put back the states of torch's generators (CPU and ``device``), of ``random`` and of NumPy's on leaving."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    torch_state = torch.get_rng_state()
+    accelerator = _accelerator_module(device)
+    accelerator_state = None if accelerator is None else accelerator.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_rng_state(torch_state)
+        if accelerator is not None:
+            accelerator.set_rng_state(accelerator_state)
+
+
+def seed_all(seed: int, device: torch.device | None = None) -> None:
+    """Seed torch's generators (CPU and ``device``), ``random`` and NumPy's; other devices are left alone."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    if (accelerator := _accelerator_module(device)) is not None:
+        accelerator.manual_seed(seed)
+
+
+def _accelerator_module(device: torch.device | None) -> Any:
+    return None if device is None or device.type in ("cpu", "meta") else getattr(torch, device.type)
+
+
+class Isolation:
+    """Guard of the single forward passes of one measurement; made by :func:`isolated`.
+
+    Args:
+        module: The module whose state is guarded.
+        device: Where the module's parameters are.
+        seed: Seed of the random numbers of every forward pass (dropout masks, augmentation).
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, seed: int) -> None:
+        self._module = module
+        self._device = device
+        self._seed = seed
+        self._python_state = _PythonState(module)
+
+    @contextmanager
+    def forward_pass(self, index: int) -> Iterator[None]:
+        """Guard one forward pass.
+
+        Args:
+            index: Number of the batch: the same batch sees the same random numbers in every pass.
+        """
+        with _copied_buffers(self._module):
+            seed_all(self._seed + index, self._device)
+            try:
+                yield
+            finally:
+                self._python_state.restore()
+
+
+@contextmanager
+def isolated(module: nn.Module, mode: Mode, device: torch.device, seed: int) -> Iterator[Isolation]:
+    """Guard a measurement of ``module``: evaluate it in ``mode`` and leave nothing changed.
+
+    Args:
+        module: The module to evaluate.
+        mode: ``"eval"``, or ``"train"`` for batch statistics and dropout as in training (submodules that are
+            in evaluation mode by the user's choice stay so).
+        device: Where the module's parameters are.
+        seed: Seed of the random numbers of every forward pass.
+
+    Yields:
+        The guard of single forward passes.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(preserved_rng(device))
+        stack.enter_context(_in_mode(module, mode))
+        stack.enter_context(_muted_logging(module))
+        stack.enter_context(_without_backward_hooks(module))
+        stack.enter_context(twice_differentiable(module, device))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield Isolation(module, device, seed)
+
+
+@contextmanager
+def _in_mode(module: nn.Module, mode: Mode) -> Iterator[None]:
+    flags = [(m, m.training) for m in module.modules()]
+    if mode == "eval" or not module.training:
+        for submodule, _ in flags:
+            submodule.training = mode == "train"
+    try:
+        yield
+    finally:
+        for submodule, training in flags:
+            submodule.training = training
+
+
+@contextmanager
+def twice_differentiable(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Choose kernels that have second derivatives, in full precision and without compilation."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type != "cpu":
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_mha_fastpath_disabled())
+        if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(_eager())
+        yield
+
+
+@contextmanager
+def _mha_fastpath_disabled() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _eager() -> AbstractContextManager[Any]:
+    # Where nothing has imported dynamo nothing is compiled, and importing it takes seconds.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
+    """Suspend backward hooks of parameters and submodules: they change or record the gradients of training.
+
+    There is no public way to suspend a hook. ``_backward_hooks`` is the attribute that ``register_hook`` and
+    ``register_full_backward_hook`` set themselves.
+    """
+    holders: list[Any] = [*module.parameters(), *module.modules()]
+    hooked: list[tuple[Any, Any]] = [(holder, holder._backward_hooks) for holder in holders if holder._backward_hooks]
+    for holder, hooks in hooked:
+        holder._backward_hooks = None if isinstance(holder, Tensor) else type(hooks)()
+    try:
+        yield
+    finally:
+        for holder, hooks in hooked:
+            holder._backward_hooks = hooks
+
+
+@contextmanager
+def _copied_buffers(module: nn.Module) -> Iterator[None]:
+    """Let the module work on copies of its buffers; a buffer that is registered twice stays one tensor.
+
+    ``_buffers`` is the dictionary behind ``register_buffer``: writing to it keeps what is persistent persistent.
+    """
+    saved = [(m, dict(m._buffers)) for m in module.modules() if m._buffers]
+    copies: dict[int, Tensor] = {}
+    for submodule, buffers in saved:
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                submodule._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+    try:
+        yield
+    finally:
+        for submodule, buffers in saved:
+            submodule._buffers.clear()
+            submodule._buffers.update(buffers)
+
+
+class _MutedLogger:
+    """Stands in for a logger: keeps its places and names, takes every call and does nothing."""
+
+    _KEPT = ("name", "version", "save_dir", "log_dir", "root_dir")
+
+    def __init__(self, logger: Any = None) -> None:
+        self._logger = logger
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._KEPT and self._logger is not None:
+            return getattr(self._logger, name)
+        return _MutedLogger()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _MutedLogger:
+        return _MutedLogger()
+
+    def __enter__(self) -> _MutedLogger:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        return None
+
+
+@contextmanager
+def _muted_logging(module: nn.Module) -> Iterator[None]:
+    """Let ``self.log``, ``self.log_dict``, ``self.print`` and the loggers of a LightningModule do nothing."""
+    steppers = [m for m in module.modules() if hasattr(m, "training_step")]
+    shadowed = [(m, {name: m.__dict__[name] for name in _LOGGING if name in m.__dict__}) for m in steppers]
+    trainer = _attached_trainer(module)
+    loggers: list[Any] = [] if trainer is None else trainer.loggers
+    try:
+        for stepper in steppers:
+            stepper.__dict__.update(dict.fromkeys(_LOGGING, _do_nothing))
+        if trainer is not None:
+            trainer.loggers = [_MutedLogger(logger) for logger in loggers]
+        yield
+    finally:
+        for stepper, attributes in shadowed:
+            for name in _LOGGING:
+                stepper.__dict__.pop(name, None)
+            stepper.__dict__.update(attributes)
+        if trainer is not None:
+            trainer.loggers = loggers
+
+
+_LOGGING = ("log", "log_dict", "print")
+
+
+def _attached_trainer(module: nn.Module) -> Any:
+    try:
+        trainer = getattr(module, "trainer", None)
+    except RuntimeError:  # what a LightningModule raises that no Trainer runs
+        return None
+    return trainer if hasattr(trainer, "loggers") else None
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+class _PythonState:
+    """The plain attributes of a module and all that can be reached from them, to be put back in place.
+
+    Containers, tensors (torchmetrics keep their states so), arrays, generators and objects of the user's own
+    classes get their contents back and keep their identity. Parameters are never written to.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._restorers: list[Callable[[], object]] = []
+        seen: set[int] = set()
+        pending: list[Any] = [module]
+        while pending:
+            value = pending.pop()
+            if not isinstance(value, _IMMUTABLE) and id(value) not in seen:
+                seen.add(id(value))
+                pending.extend(self._keep(value))
+
+    def restore(self) -> None:
+        for restorer in self._restorers:
+            restorer()
+
+    def _keep(self, value: Any) -> Iterable[Any]:
+        """Remember what ``value`` holds; return what is to be remembered next."""
+        if isinstance(value, nn.Module):
+            return self._keep_module(value)
+        if isinstance(value, dict):
+            self._refill(_refill_dict, value, dict(value))
+            return value.values()
+        if isinstance(value, list | deque):
+            self._refill(_refill_list, value, list(value))
+            return value
+        if isinstance(value, set):
+            self._refill(_refill_dict, value, set(value))
+        elif isinstance(value, tuple):
+            return value
+        elif isinstance(value, Tensor):
+            self._keep_tensor(value)
+        elif isinstance(value, np.ndarray):
+            if value.nbytes <= _MAX_COPIED_BYTES and value.flags.writeable:
+                self._refill(np.copyto, value, value.copy())
+        elif isinstance(value, torch.Generator):
+            self._refill(torch.Generator.set_state, value, value.get_state())
+        elif isinstance(value, np.random.Generator):
+            self._refill(_set_bit_generator, value, value.bit_generator.state)
+        elif isinstance(value, random.Random):
+            self._refill(random.Random.setstate, value, value.getstate())
+        elif _is_user_object(value):
+            return (vars(value),)
+        return ()
+
+    def _keep_module(self, module: nn.Module) -> Iterable[Any]:
+        attributes = module.__dict__
+        self._refill(_refill_dict, attributes, dict(attributes))
+        for name in ("_parameters", "_buffers"):
+            self._refill(_refill_dict, attributes[name], dict(attributes[name]))
+        skipped = ("_parameters", "_buffers", "_trainer", "_fabric")
+        return [v for name, v in attributes.items() if name not in skipped and not name.endswith("_hooks")]
+
+    def _keep_tensor(self, tensor: Tensor) -> None:
+        # Parameters belong to the optimizer and a tensor with a history cannot be written to in place.
+        if tensor.requires_grad or tensor.layout != torch.strided or tensor.nbytes > _MAX_COPIED_BYTES:
+            return
+        version = None if tensor.is_inference() else tensor._version
+        self._refill(_refill_tensor, tensor, (version, tensor.clone()))
+
+    def _refill(self, refill: Callable[[Any, Any], object], target: Any, saved: Any) -> None:
+        self._restorers.append(lambda: refill(target, saved))
+
+
+_IMMUTABLE = (type(None), str, bytes, int, float, complex, type)
+
+
+def _refill_dict(target: Any, saved: Any) -> None:
+    target.clear()
+    target.update(saved)
+
+
+def _refill_list(target: Any, saved: list[Any]) -> None:
+    target.clear()
+    target.extend(saved)
+
+
+def _refill_tensor(target: Tensor, saved: tuple[int | None, Tensor]) -> None:
+    version, values = saved
+    if target.is_inference():
+        with torch.inference_mode():
+            target.copy_(values)
+    elif target._version != version:
+        with torch.no_grad():
+            target.copy_(values)
+
+
+def _set_bit_generator(target: np.random.Generator, state: Any) -> None:
+    target.bit_generator.state = state
+
+
+def _is_user_object(value: Any) -> bool:
+    package = type(value).__module__.partition(".")[0]
+    foreign = package in _FOREIGN_PACKAGES or package in sys.stdlib_module_names
+    return hasattr(value, "__dict__") and not foreign and not isinstance(value, torch.utils.data.Dataset)
