@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_flatness.geometry import Euclidean
 from lightning_flatness.isolation import Mode, seeded
-from lightning_flatness.landscape import Differentiation, LossFunction, LossLandscape
+from lightning_flatness.landscape import Differentiation, LossFunction, LossLandscape, check_options
 from lightning_flatness.metrics import FlatnessMetric, InvariantSharpness, TopEigenvalues
 from lightning_flatness.probe import SeenBatches, can_index, draw_probe
 
@@ -97,8 +97,7 @@ class FlatnessMonitor(Callback):
             _check_positive("probe_batch_size", probe_batch_size)
         if split not in ("train", "val"):
             raise ValueError(f"Expected `split` to be 'train' or 'val', got {split!r}.")
-        if mode not in ("eval", "train"):
-            raise ValueError(f"Expected `mode` to be 'eval' or 'train', got {mode!r}.")
+        check_options(mode, differentiation)
         if metrics is None:
             metrics = {
                 "lambda_max": TopEigenvalues(k=top_k, tol=tol, seed=seed),
