@@ -1,4 +1,4 @@
-"""How many samples does a flatness curve need? The measurement behind the default of ``FlatnessMonitor(probe_size=...)``.
+"""How many samples does a flatness curve need? The measurement behind the default of ``FlatnessMonitor``'s probe.
 
     python examples/probe_size.py
 
