@@ -154,6 +154,7 @@ class LossLandscape:
             raise ValueError("Expected at least one sample in `batches`, got none. Check the loader or the probe.")
         self._isolation: Isolation | None = None
         self._graphs: list[_Graph | None] | None = None
+        self._gradient: Tensor | None = None
         self._charts: dict[str | Geometry, Chart] = {}
         self._step_factor: float | None = None
 
@@ -163,7 +164,7 @@ class LossLandscape:
     def measurement(self) -> Iterator[LossLandscape]:
         """Hold the module still for several evaluations at the same weights.
 
-        Inside the block the module stays isolated, and the graphs of the gradient are kept between
+        Inside the block the module stays isolated, the gradient is kept, and its graphs are kept between
         Hessian-vector products (as far as ``graph_memory`` goes). Metrics open it themselves; open it around
         several of them to let them share the graphs. The weights must not be trained inside. Blocks nest.
 
@@ -178,7 +179,7 @@ class LossLandscape:
             try:
                 yield self
             finally:
-                self._isolation = self._graphs = None
+                self._isolation = self._graphs = self._gradient = None
                 self._charts.clear()
 
     @contextmanager
@@ -192,8 +193,8 @@ class LossLandscape:
         """
         self._check_vector("displacement", displacement)
         originals = [p.data for p in self.parameters]
-        graphs = self._graphs
-        self._graphs = None
+        here = self._graphs, self._gradient, self._charts
+        self._graphs, self._gradient, self._charts = None, None, {}
         try:
             for p, original, change in zip(self.parameters, originals, self.unflatten(displacement), strict=True):
                 p.data = (original + change).to(original.dtype)
@@ -201,7 +202,7 @@ class LossLandscape:
         finally:
             for p, original in zip(self.parameters, originals, strict=True):
                 p.data = original
-            self._graphs = graphs
+            self._graphs, self._gradient, self._charts = here
 
     def chart(self, geometry: str | Geometry) -> Chart:
         """Return the coordinates of ``geometry`` around the current weights.
@@ -233,17 +234,26 @@ class LossLandscape:
             return self._mean_over_samples(local, 1)[0]
 
     def gradient(self) -> Tensor:
-        """Return the gradient of ``L`` at ``w``, shape (num_parameters,). Costs one gradient."""
-        self.cost.gradient_evaluations += 1
+        """Return the gradient of ``L`` at ``w``, shape (num_parameters,).
+
+        Costs one gradient; nothing where a Hessian-vector product of the same measurement left it behind, or for the
+        second time in one measurement.
+        """
+        if self._gradient is not None:
+            return self._gradient.clone()
 
         def local(index: int) -> Sequence[Tensor | None]:
             kept = None if self._graphs is None else self._graphs[index]
             if kept is not None:
                 return kept.gradient
+            self.cost.gradient_evaluations += self.batch_sizes[index] / max(1, sum(self.batch_sizes))
             return torch.autograd.grad(self._batch_loss(index), self.parameters, allow_unused=True)
 
         with self.measurement():
-            return self._mean_over_samples(local, self.num_parameters)
+            gradient = self._mean_over_samples(local, self.num_parameters)
+            if self._graphs is not None:  # not at displaced weights
+                self._gradient = gradient
+            return gradient.clone()
 
     def hvp(self, v: Tensor) -> Tensor:
         """Return ``H v``, the product of the Hessian of ``L`` at ``w`` with a vector.

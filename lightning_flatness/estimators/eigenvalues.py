@@ -48,7 +48,7 @@ def top_eigenvalues(
     with landscape.measurement():
         chart = landscape.chart(geometry)
         result = lanczos(
-            lambda v: chart.hvp(landscape.hvp, v),
+            lambda v: chart.hvp(landscape.hvp, v, gradient=landscape.gradient),
             chart.num_coordinates,
             k=k,
             which=which,
