@@ -172,7 +172,8 @@ class LossLandscape:
             The landscape itself.
         """
         if self._isolation is not None:
-            yield self
+            with torch.inference_mode(False), torch.enable_grad():  # Metric.update has turned gradients off again
+                yield self
             return
         with isolated(self.module, self.mode, self.device, self.seed) as self._isolation:
             self._graphs = [None] * len(self.batches)
