@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 class Chart(ABC):
@@ -92,6 +93,17 @@ class Geometry(ABC):
         Returns:
             The chart around the current weights.
         """
+
+    def for_optimizer(self, optimizer: Optimizer | Sequence[Optimizer] | None) -> Geometry:
+        """Return the geometry to use where ``optimizer`` trains the module; the same for all but ``"optimizer"``.
+
+        Args:
+            optimizer: What trains the module, if that is known.
+
+        Returns:
+            The geometry.
+        """
+        return self
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
