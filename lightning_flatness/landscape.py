@@ -29,6 +29,7 @@ from lightning_flatness.batches import infer_batch_size, prepare_batch, slice_sa
 from lightning_flatness.gauss_newton import Linearization, OutputLoss, normalized_logits
 from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
 from lightning_flatness.isolation import Isolation, Mode, isolated, preserved_rng
+from lightning_flatness.per_sample import gradients_by_vmap
 
 LossFunction: TypeAlias = Callable[[nn.Module, Any], Any]
 """``loss_fn(module, batch)``: the mean loss over the samples of ``batch``, a scalar tensor or a dict with "loss"."""
@@ -392,6 +393,35 @@ class LossLandscape:
                     self._fall_back(error)
             return self._gauss_newton(lambda index: self._finite_difference_ggnvp(output_loss, index, v))
 
+    def gradients_of_samples(self, index: int, start: int, stop: int, *, vectorized: bool) -> Tensor:
+        """Return the gradients of the losses of single samples, to be used inside one :meth:`measurement`.
+
+        Args:
+            index: Which of this rank's batches.
+            start: The first sample of the batch to take.
+            stop: The first sample not to take.
+            vectorized: All at once, by ``torch.func.vmap``, which not every module allows; else one by one.
+
+        Returns:
+            Shape (stop - start, num_parameters).
+        """
+        assert self._isolation is not None
+        batch, size = self.batches[index], self.batch_sizes[index]
+        if vectorized:
+            with self._isolation.forward_pass(index):
+                return gradients_by_vmap(self.module, self.loss_fn, batch, size, start, stop).to(self.dtype)
+        gradients = torch.zeros(stop - start, self.num_parameters, dtype=self.dtype, device=self.device)
+        for i, row in enumerate(gradients, start=start):
+            with self._isolation.forward_pass(index):
+                output = self.loss_fn(self.module, slice_samples(batch, size, i, i + 1))
+            loss = _check_loss(_loss_in(output))
+            for view, piece in zip(
+                self.unflatten(row), torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True
+            ):
+                if piece is not None:
+                    view.copy_(piece)
+        return gradients
+
     # ------------------------------------------------------------------------------------------------ products
 
     def _gauss_newton(self, local: Callable[[int], Sequence[Tensor | None]]) -> Tensor:
@@ -455,7 +485,7 @@ class LossLandscape:
         )
 
     def _has_room_for(self, num_bytes: int) -> bool:
-        kept: list[Any] = [*(self._graphs or ()), *(self._output_graphs or ())]
+        kept: list[_Graph | _OutputGraph | None] = [*(self._graphs or ()), *(self._output_graphs or ())]
         return sum(graph.num_bytes for graph in kept if graph is not None) + num_bytes <= self.graph_memory
 
     def _exact_hvp(self, v: Tensor) -> Tensor:
@@ -468,9 +498,8 @@ class LossLandscape:
     def _batch_hvp(self, index: int, pieces: Sequence[Tensor]) -> Sequence[Tensor | None]:
         kept = None if self._graphs is None else self._graphs[index]
         graph = kept if kept is not None else self._differentiated_batch(index)
-        if kept is None and self._graphs is not None:
-            if self._has_room_for(graph.num_bytes):
-                self._graphs[index] = kept = graph
+        if kept is None and self._graphs is not None and self._has_room_for(graph.num_bytes):
+            self._graphs[index] = kept = graph
         active = [(g, v) for g, v in zip(graph.gradient, pieces, strict=True) if g is not None and g.requires_grad]
         if not active:  # the loss is linear in the weights
             return [None] * len(pieces)
@@ -547,7 +576,7 @@ class LossLandscape:
         assert self._isolation is not None
         with self._isolation.forward_pass(index):
             output = self.loss_fn(self.module, self.batches[index])
-        return _check_loss(output["loss"] if isinstance(output, Mapping) and "loss" in output else output)
+        return _check_loss(_loss_in(output))
 
     def _mean_over_samples(self, local: Callable[[int], Sequence[Tensor | None]], size: int) -> Tensor:
         """Return ``sum_b n_b f_b / N`` over the batches of all ranks, with one all-reduce.
@@ -662,6 +691,10 @@ _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative for .* is not implemented|differentiate twice|once_differentiable|double.?backward",
     re.IGNORECASE,
 )
+
+
+def _loss_in(output: Any) -> Any:
+    return output["loss"] if isinstance(output, Mapping) and "loss" in output else output
 
 
 def _check_loss(loss: Any) -> Tensor:

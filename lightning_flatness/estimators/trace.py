@@ -41,7 +41,7 @@ class TraceResult:
     """An estimated trace.
 
     Attributes:
-        value: The trace, a scalar.
+        value: The trace, a scalar; of an operator without a landscape in float64 on the CPU.
         standard_error: Its standard error; where every coordinate was probed, what rounding leaves.
         converged: Whether the standard error reached the tolerance.
         num_products: Products with the operator.
@@ -88,7 +88,7 @@ def stochastic_trace(
     Example:
         >>> diagonal = torch.tensor([1.0, 5.0, -7.0, 2.0])
         >>> stochastic_trace(lambda v: diagonal * v, 4).value
-        tensor(1.)
+        tensor(1., dtype=torch.float64)
     """
     check_trace_arguments(method, num_products, tol)
     device = torch.device(device)

@@ -41,9 +41,12 @@ class HessianTrace(FlatnessMetric):
         >>> batches = [torch.tensor([[1.0, 0.0], [0.0, 3.0]])]
         >>> metric = HessianTrace()
         >>> metric.update(LossLandscape(module, batches, lambda module, x: module(x).square().mean()))
-        >>> metric.compute()  # of 2 · mean x xᵀ = diag(1, 9)
+        >>> metric.compute().round()  # of 2 · mean x xᵀ = diag(1, 9)
         tensor(10.)
     """
+
+    error_name = "standard_error"
+    effort = "num_products"
 
     def __init__(
         self,

@@ -1,0 +1,255 @@
+"""Minimum sharpness (arXiv 2106.12612): the smallest Hessian trace that rescaling the layers can give.
+
+In a chain of linear layers with positively homogeneous activations, multiplying the weights of layer l by alpha_l > 0,
+and its bias by ``alpha_1 … alpha_l``, changes nothing in the outputs while the product of all is one; but it
+changes the trace of the Hessian to ``sum_l t_l / alpha_l² + sum_l b_l / (alpha_1 … alpha_l)²``, with the traces t_l
+and b_l of the blocks of weights and biases. That sum is convex in ``log alpha``; its minimum is the measure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.estimators.layers import offset_of
+from lightning_flatness.estimators.operators import (
+    Operator,
+    check_operator,
+    curvature_product,
+    rademacher,
+    unit_vector,
+)
+from lightning_flatness.estimators.trace import check_trace_arguments
+from lightning_flatness.landscape import LossLandscape
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_INVARIANCE = 1e-3
+_ROUNDING = 16
+
+
+@dataclass(frozen=True)
+class MinimumSharpnessResult:
+    """The minimum of the trace over layer scales.
+
+    Attributes:
+        value: The minimum, a scalar; minus infinity where a layer's trace is negative: then there is none.
+        standard_error: Its standard error.
+        layers: Names of the layers, in the order in which they run.
+        scales: The alpha of each layer at the minimum, shape (layers,).
+        converged: Whether the minimum exists and its standard error reached the tolerance.
+        num_products: Products with the Hessian.
+        gradient_evaluations: What it cost, in gradients on all samples.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+    layers: tuple[str, ...]
+    scales: Tensor
+    converged: bool
+    num_products: int
+    gradient_evaluations: float
+
+
+def minimum_sharpness(
+    landscape: LossLandscape,
+    *,
+    operator: Operator = "hessian",
+    num_products: int = 64,
+    tol: float = 0.1,
+    seed: int = 0,
+) -> MinimumSharpnessResult:
+    """Return the minimum over layer scales (of product one) of the Hessian's trace at the rescaled weights.
+
+    Costs one gradient and two per product; memory: three vectors of the size of the weights. Every product serves
+    all layers. The standard error follows from the scatter of the probes at the scales found, to first order.
+
+    Args:
+        landscape: The loss.
+        operator: ``"hessian"``, or ``"ggn"``, whose traces are never negative for the usual losses.
+        num_products: Products to spend. Exact if there are no more weights than that.
+        tol: Relative standard error at which the result counts as converged.
+        seed: Seed of the probes.
+
+    Returns:
+        The minimum with its standard error.
+
+    Raises:
+        ValueError: If rescaling the layers changes the loss: the module is not a chain of linear layers with
+            positively homogeneous activations. Or if an argument is out of range.
+    """
+    check_operator(operator)
+    check_trace_arguments("hutchinson", num_products, tol)
+    spent = landscape.cost.gradient_evaluations
+    with landscape.measurement():
+        layers = _layers_in_order(landscape)
+        _check_invariance(landscape, [layer for _, layer in layers])
+        forms, is_exact = _block_forms(landscape, operator, num_products, seed)
+        weights, biases = _traces_by_layer(landscape, [layer for _, layer in layers], forms)
+    per_weight, per_bias = weights.mean(dim=0), biases.mean(dim=0)
+    log_scales = minimizing_log_scales(per_weight, per_bias)
+    exists = bool((per_weight >= 0).all() and (per_bias >= 0).all())
+    samples = _rescaled_trace(log_scales, weights, biases)
+    value = float(samples.mean()) if exists else -math.inf
+    rounding = _ROUNDING * torch.finfo(landscape.dtype).eps * float(samples.abs().max())
+    scatter = 0.0 if is_exact else float(samples.std()) / math.sqrt(len(samples))
+    error = math.hypot(scatter, rounding) + landscape.product_error * abs(float(samples.mean()))
+    return MinimumSharpnessResult(
+        value=torch.tensor(value, dtype=landscape.dtype, device=landscape.device),
+        standard_error=torch.tensor(error, dtype=landscape.dtype, device=landscape.device),
+        layers=tuple(name for name, _ in layers),
+        scales=log_scales.exp().to(landscape.device, landscape.dtype),
+        converged=exists and error <= tol * value,
+        num_products=min(num_products, landscape.num_parameters),
+        gradient_evaluations=landscape.cost.gradient_evaluations - spent,
+    )
+
+
+def minimizing_log_scales(weights: Tensor, biases: Tensor) -> Tensor:
+    """Return the ``x = log alpha`` of sum zero that minimise the trace of the rescaled layers.
+
+    Args:
+        weights: Traces t_l of the layers' weights, shape (layers,).
+        biases: Traces b_l of their biases, zero where there is none.
+
+    Returns:
+        Shape (layers,); damped Newton steps of a convex problem. Negative traces count as zero.
+
+    Example:
+        >>> minimizing_log_scales(torch.tensor([1.0, 16.0]), torch.zeros(2)).exp()  # 2 sqrt(1 · 16) = 8
+        tensor([0.5000, 2.0000], dtype=torch.float64)
+    """
+    t, b = weights.double().clamp_min(0), biases.double().clamp_min(0)
+    num_layers, total = len(t), float(t.sum() + b.sum())
+    x = torch.zeros(num_layers, dtype=torch.float64)
+    if num_layers < 2 or total == 0:
+        return x
+    t, b = t / total, b / total
+    # Rows: the exponents x_l of the weights, and their running sums of the biases; the columns add up to zero.
+    exponents = torch.cat([torch.eye(num_layers), torch.tril(torch.ones(num_layers, num_layers))]).double()
+    factors = torch.cat([t, b])
+    free = torch.linalg.qr(torch.eye(num_layers).double() - 1 / num_layers)[0][:, : num_layers - 1]
+    rows = exponents @ free
+    y = torch.zeros(num_layers - 1, dtype=torch.float64)
+
+    def objective(y: Tensor) -> Tensor:
+        return torch.dot(factors, torch.exp(-2 * (rows @ y)))
+
+    for _ in range(200):
+        terms = factors * torch.exp(-2 * (rows @ y))
+        gradient = -2 * (rows.T @ terms)
+        hessian = 4 * (rows.T * terms) @ rows
+        ridge = 1e-14 * float(hessian.diagonal().max()) * torch.eye(num_layers - 1).double()
+        step = -torch.linalg.solve(hessian + ridge, gradient)
+        step = step * min(1.0, 2.0 / max(float(step.abs().max()), 1e-300))
+        decrease = float(gradient @ step)
+        length = 1.0
+        while objective(y + length * step) > terms.sum() + 1e-4 * length * decrease and length > 1e-10:
+            length /= 2
+        y = y + length * step
+        if -decrease <= 1e-15 * float(terms.sum()) or float((free @ y).abs().max()) > 50:
+            break
+    log_scales: Tensor = free @ y
+    return log_scales
+
+
+def _rescaled_trace(log_scales: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
+    """Return ``sum_l t_l / alpha_l² + b_l / (alpha_1 … alpha_l)²`` for every row of traces."""
+    return weights @ torch.exp(-2 * log_scales) + biases @ torch.exp(-2 * log_scales.cumsum(dim=0))
+
+
+def _block_forms(
+    landscape: LossLandscape, operator: Operator, num_products: int, seed: int
+) -> tuple[list[list[float]], bool]:
+    """Return, a row per probe, ``v_i (H v)_i`` summed over each parameter tensor; and whether the sum is exact."""
+    chart = landscape.chart("euclidean")
+    product = curvature_product(landscape, chart, operator)
+    size = landscape.num_parameters
+    is_exact = size <= num_products
+    generator = torch.Generator().manual_seed(seed)
+    forms = []
+    for i in range(min(size, num_products)):
+        if is_exact:
+            v = unit_vector(size, i, landscape.dtype, landscape.device)
+        else:
+            v = rademacher(size, generator, landscape.dtype, landscape.device)
+        pieces = landscape.unflatten(v * product(v))
+        forms.append([float(piece.double().sum()) for piece in pieces])
+    if not all(math.isfinite(f) for row in forms for f in row):
+        raise RuntimeError(
+            "Expected finite Hessian-vector products, got one that is not. Check the gradient of the loss at the "
+            "current weights (e.g. a square root or a norm at zero), or measure in float64."
+        )
+    return ([[sum(column) for column in zip(*forms, strict=True)]] if is_exact else forms), is_exact
+
+
+def _traces_by_layer(
+    landscape: LossLandscape, layers: Sequence[nn.Module], forms: list[list[float]]
+) -> tuple[Tensor, Tensor]:
+    """Return the contributions of the layers' weights and biases, shape (probes, layers) each."""
+    table = torch.tensor(forms, dtype=torch.float64)
+    column = {id(p): i for i, p in enumerate(landscape.parameters)}
+
+    def pick(name: str) -> Tensor:
+        columns = [column.get(id(getattr(layer, name))) for layer in layers]
+        return torch.stack([table[:, c] if c is not None else torch.zeros(len(table)).double() for c in columns], dim=1)
+
+    return pick("weight"), pick("bias")
+
+
+def _layers_in_order(landscape: LossLandscape) -> list[tuple[str, nn.Module]]:
+    """Return the linear and convolutional layers with trainable weights, in the order in which they run."""
+    trainable = {id(p): name for name, p in landscape.module.named_parameters() if p.requires_grad}
+    layers = [
+        (name, m)
+        for name, m in landscape.module.named_modules()
+        if isinstance(m, _LAYERS) and id(m.weight) in trainable
+    ]
+    held = {id(p) for _, layer in layers for p in layer.parameters(recurse=False)}
+    if others := sorted(name for i, name in trainable.items() if i not in held):
+        owner = others[0].rpartition(".")[0]
+        what = type(landscape.module.get_submodule(owner)).__name__
+        raise ValueError(
+            f"Expected all trainable weights in linear and convolutional layers, got {others[0]!r} of a {what}: "
+            "minimum sharpness is defined for chains of those. Measure HessianTrace(geometry='layer') instead."
+        )
+    calls: list[nn.Module] = []
+    hooks = [layer.register_forward_pre_hook(lambda m, _: calls.append(m)) for _, layer in layers]
+    try:
+        landscape.loss()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    order = {id(m): i for i, m in reversed(list(enumerate(calls)))}
+    return sorted(layers, key=lambda named: order.get(id(named[1]), -1))
+
+
+def _check_invariance(landscape: LossLandscape, layers: Sequence[nn.Module]) -> None:
+    """Raise an error unless rescaling the layers by powers of two, of product one, leaves the loss alone."""
+    exponents = [0.0] * len(layers)
+    for i in range(len(layers) // 2):
+        exponents[2 * i], exponents[2 * i + 1] = (4.0, -4.0) if i % 2 == 0 else (-4.0, 4.0)
+    change = torch.zeros(landscape.num_parameters, dtype=landscape.dtype, device=landscape.device)
+    running = 0.0
+    for layer, exponent in zip(layers, exponents, strict=True):
+        running += exponent
+        for parameter, power in [(layer.weight, exponent), (layer.bias, running)]:
+            if isinstance(parameter, Tensor) and parameter.requires_grad:
+                start = offset_of(landscape, parameter)
+                change[start : start + parameter.numel()] = ((2**power - 1) * parameter.detach()).flatten()
+    before = float(landscape.loss())
+    with landscape.displaced(change):
+        try:
+            after = float(landscape.loss())
+        except ValueError:  # not finite
+            after = math.inf
+    if not abs(after - before) <= _INVARIANCE * abs(before):
+        raise ValueError(
+            f"Expected a chain of linear layers with positively homogeneous activations, got "
+            f"{type(landscape.module).__name__}, whose loss moves from {before:.6g} to {after:.6g} when its layers are "
+            "rescaled by factors of product one (a tanh, a sum of branches, a normalisation or a layer used twice does "
+            "that). Measure HessianTrace(geometry='layer') instead."
+        )
