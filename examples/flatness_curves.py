@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -36,6 +37,7 @@ def train(out: Path, *, epochs: int, batch_size: int, lr: float, top_k: int, see
         logger=logger,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
         log_every_n_steps=10,
     )
     trainer.fit(ConvNet(lr=lr), datamodule=DigitsDataModule(batch_size))
@@ -58,8 +60,8 @@ def print_table(curves: dict[str, Curve]) -> None:
     for step in columns[flatness[0]]:
         reached = [value for at, value in accuracy if at < step]
         print(
-            f"{step:>6} {columns[flatness[0]][step]:>10.3f} ± {errors[flatness[0]][step]:<6.3f} "
-            f"{columns[flatness[1]][step]:>13.2f} ± {errors[flatness[1]][step]:<6.2f} "
+            f"{step:>6} {columns[flatness[0]][step]:>10.3f} ± {errors[flatness[0]][step]:<6.1g} "
+            f"{columns[flatness[1]][step]:>13.2f} ± {errors[flatness[1]][step]:<6.1g} "
             f"{columns[flatness[2]][step]:>13.3f} {reached[-1] if reached else float('nan'):>9.3f} "
             f"{columns['flatness/seconds'][step]:>6.2f}"
         )
@@ -76,7 +78,7 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
         steps, values = zip(*curves[tag], strict=True)
         axes[0].plot(steps, values, marker="o", ms=3, color="C0", alpha=1 - 0.8 * i / len(eigenvalues), label=tag[9:])
     axes[0].set(title="Largest Hessian eigenvalues", xlabel="optimizer step", yscale="log")
-    axes[0].legend(fontsize=7, ncols=2)
+    axes[0].legend(fontsize=7, loc="lower left")
     steps, values = zip(*curves["flatness/invariant_sharpness"], strict=True)
     axes[1].plot(steps, values, marker="o", ms=3, color="C1")
     axes[1].set(title="Invariant sharpness", xlabel="optimizer step", yscale="log")

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from lightning_flatness.batches import map_tensors, tensors_in
 
+_ADJOINT_TOLERANCE = 1e-2
+
 
 def _outputs_of_pair(module: nn.Module, batch: Any) -> Any:
     return module(_pair(batch)[0])
@@ -123,6 +125,18 @@ class Linearization:
         jv = torch.autograd.grad(pulled, self._dual, directions, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(f) if d is None else d for d, f in zip(jv, self.outputs, strict=True)]
 
+    def is_adjoint(self) -> bool:
+        """Return whether ``<u, J v> = <Jᵀ u, v>`` for random u and v, as it is unless a backward pass is no function.
+
+        The derivative of the ``backward`` of a ``torch.autograd.Function`` can be missing without an error.
+        """
+        generator = torch.Generator().manual_seed(0)
+        u, v = ([_randn_like(t, generator) for t in group] for group in (self.outputs, self.parameters))
+        transposed = torch.autograd.grad(self.outputs, self.parameters, u, retain_graph=True, allow_unused=True)
+        left = sum(float((a * b).double().sum()) for a, b in zip(u, self.jvp(v), strict=True))
+        terms = [float((a * b).double().sum()) for a, b in zip(transposed, v, strict=True) if a is not None]
+        return abs(left - sum(terms)) <= _ADJOINT_TOLERANCE * sum(abs(term) for term in terms)
+
     def pulled_back(self) -> Sequence[Tensor | None]:
         """Return ``Jᵀ u`` with its graph in ``u``; made once."""
         if self._pulled is None:
@@ -146,6 +160,10 @@ class Linearization:
     def _transposed(self, u: Sequence[Tensor], keep: bool) -> Sequence[Tensor | None]:
         """Return ``Jᵀ u``."""
         return torch.autograd.grad(self.outputs, self.parameters, u, retain_graph=keep, allow_unused=True)
+
+
+def _randn_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

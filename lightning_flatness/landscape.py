@@ -12,14 +12,15 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -28,7 +29,7 @@ from torch.optim import Optimizer
 from lightning_flatness.batches import infer_batch_size, prepare_batch, slice_samples, tensors_in
 from lightning_flatness.gauss_newton import Linearization, OutputLoss, normalized_logits
 from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
-from lightning_flatness.isolation import Isolation, Mode, isolated, preserved_rng
+from lightning_flatness.isolation import DifferentiableWeightNorm, Isolation, Mode, isolated, preserved_rng
 from lightning_flatness.per_sample import gradients_by_vmap
 
 LossFunction: TypeAlias = Callable[[nn.Module, Any], Any]
@@ -139,12 +140,7 @@ class LossLandscape:
         seed: int = 0,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
     ) -> None:
-        if mode not in ("eval", "train"):
-            raise ValueError(f"Expected `mode` to be 'eval' or 'train', got {mode!r}.")
-        if differentiation not in ("auto", "exact", "finite_difference"):
-            raise ValueError(
-                f"Expected `differentiation` to be 'auto', 'exact' or 'finite_difference', got {differentiation!r}."
-            )
+        check_options(mode, differentiation)
         self.module = module.module if isinstance(module, DistributedDataParallel) else module
         self.loss_fn = loss_fn if loss_fn is not None else _training_step_of(self.module)
         self.mode: Mode = mode
@@ -174,6 +170,7 @@ class LossLandscape:
         self._gradient: Tensor | None = None
         self._charts: dict[str | Geometry, Chart] = {}
         self._step_factor: float | None = None
+        self._is_inspected = self._has_custom_functions = self._has_weight_norm = self._is_verified = False
 
     # ----------------------------------------------------------------------------------------- one measurement
 
@@ -360,7 +357,9 @@ class LossLandscape:
         with self.measurement():
             if self.differentiation != "finite_difference":
                 try:
-                    return self._exact_hvp(v)
+                    product = self._exact_hvp(v)
+                    self._verify_custom_functions(v, product)
+                    return product
                 except NotTwiceDifferentiableError as error:
                     self._fall_back(error)
             return self._finite_difference_hvp(v)
@@ -438,18 +437,21 @@ class LossLandscape:
         try:
             return graph.linearization.product(pieces, keep=kept is not None)
         except RuntimeError as error:
-            raise _second_derivative_error(error) from error
+            raise _from_autograd(error) from error
 
     def _linearized_batch(self, output_loss: OutputLoss, index: int) -> _OutputGraph:
         assert self._isolation is not None
         with _counted_bytes() as storages:
-            with self._isolation.forward_pass(index):
+            with self._isolation.forward_pass(index), DifferentiableWeightNorm():
                 linearization = Linearization(output_loss, self.module, self.batches[index], self.parameters)
             _check_loss(linearization.loss)
             try:
                 linearization.pulled_back()
             except RuntimeError as error:
-                raise _second_derivative_error(error) from error
+                raise _from_autograd(error) from error
+        nodes = (node for f in linearization.outputs for node in _graph_nodes(f))
+        if any(isinstance(node, BackwardCFunction) for node in nodes) and not linearization.is_adjoint():
+            raise _second_derivative_error("a torch.autograd.Function whose backward is not differentiable.")
         self.cost.gradient_evaluations += self.batch_sizes[index] / max(1, sum(self.batch_sizes))
         return _OutputGraph(linearization, sum(storages.values()))
 
@@ -509,17 +511,43 @@ class LossLandscape:
                 outputs, self.parameters, directions, retain_graph=kept is not None, allow_unused=True
             )
         except RuntimeError as error:
-            raise _second_derivative_error(error) from error
+            raise _from_autograd(error) from error
 
     def _differentiated_batch(self, index: int) -> _Graph:
         with _counted_bytes() as storages:
             loss = self._batch_loss(index)
+            if not self._is_inspected and self._must_rewrite(loss):
+                loss = self._batch_loss(index)
             try:
                 gradient = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
             except RuntimeError as error:
-                raise _second_derivative_error(error) from error
+                raise _from_autograd(error) from error
         self.cost.gradient_evaluations += self.batch_sizes[index] / max(1, sum(self.batch_sizes))
         return _Graph(gradient, sum(storages.values()))
+
+    def _must_rewrite(self, loss: Tensor) -> bool:
+        """Look for operators whose second derivative may be wrong; return whether one was replaced."""
+        operators = [type(node) if isinstance(node, BackwardCFunction) else node.name() for node in _graph_nodes(loss)]
+        self._is_inspected = True
+        self._has_custom_functions = any(isinstance(operator, type) for operator in operators)
+        self._has_weight_norm = "WeightNormInterfaceBackward0" in operators
+        return self._has_weight_norm
+
+    def _verify_custom_functions(self, v: Tensor, product: Tensor) -> None:
+        """Compare the first product with finite differences if the module uses ``torch.autograd.Function``.
+
+        The derivative of such a function's ``backward`` can be missing without an error (even where it is marked as
+        ``once_differentiable``, autograd skips the node that would raise); built-in operators have it or raise.
+        """
+        if self._is_verified or not self._has_custom_functions:
+            return
+        self._is_verified = True
+        numeric = self._finite_difference_hvp(v)
+        error, self.product_error = self.product_error, 0.0
+        difference = torch.linalg.vector_norm(product - numeric)
+        if difference > max(_VERIFICATION_TOLERANCE, 5 * error) * torch.linalg.vector_norm(numeric):
+            self.product_error = error
+            raise _second_derivative_error("a torch.autograd.Function whose backward is not differentiable.")
 
     def _fall_back(self, error: NotTwiceDifferentiableError) -> None:
         if self.differentiation == "exact":
@@ -574,9 +602,16 @@ class LossLandscape:
 
     def _batch_loss(self, index: int) -> Tensor:
         assert self._isolation is not None
-        with self._isolation.forward_pass(index):
+        rewriting = DifferentiableWeightNorm() if self._has_weight_norm else nullcontext()
+        with self._isolation.forward_pass(index), rewriting:
             output = self.loss_fn(self.module, self.batches[index])
-        return _check_loss(_loss_in(output))
+        loss = _check_loss(_loss_in(output))
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise RuntimeError(
+                "Expected a loss that depends on the trainable parameters, got one that does not. Check for `detach`, "
+                "`no_grad` or `item` between the parameters and the loss."
+            )
+        return loss
 
     def _mean_over_samples(self, local: Callable[[int], Sequence[Tensor | None]], size: int) -> Tensor:
         """Return ``sum_b n_b f_b / N`` over the batches of all ranks, with one all-reduce.
@@ -598,7 +633,8 @@ class LossLandscape:
     def sum_over_ranks(self, add: Callable[[Tensor], None], size: int) -> Tensor:
         """Return the sum over all ranks of what each adds to a vector of zeros, with one all-reduce.
 
-        Two more entries carry failures: without them a rank that raises would leave the others waiting.
+        Three more entries tell the other ranks what all of them have to react to: a failure, an operator without a
+        second derivative, a custom function. Without them one rank would leave the others waiting.
 
         Args:
             add: Adds this rank's part to a vector of shape (size,), in place; what it raises, all ranks raise.
@@ -607,7 +643,7 @@ class LossLandscape:
         Returns:
             The sum, shape (size,), the same on all ranks.
         """
-        total = torch.zeros(size + 2, dtype=self.dtype, device=self.device)
+        total = torch.zeros(size + 3, dtype=self.dtype, device=self.device)
         failure: Exception | None = None
         try:
             add(total[:size])
@@ -615,8 +651,11 @@ class LossLandscape:
             failure = error
             total[size + int(isinstance(error, NotTwiceDifferentiableError))] = 1
         if _is_distributed():
+            total[size + 2] = self._has_custom_functions
             dist.all_reduce(total)
-            failure = _common_failure(failure, total[size:].tolist())
+            *num_failures, num_custom = total[size:].tolist()
+            failure = _common_failure(failure, num_failures)
+            self._has_custom_functions = num_custom > 0
         if failure is not None:
             raise failure
         if self.on_evaluation is not None:
@@ -666,6 +705,24 @@ def _counted_bytes() -> Iterator[dict[int, int]]:
         yield storages
 
 
+def check_options(mode: str, differentiation: str) -> None:
+    """Check the options of a landscape that are one of a few words.
+
+    Args:
+        mode: See :class:`LossLandscape`.
+        differentiation: See :class:`LossLandscape`.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"Expected `mode` to be 'eval' or 'train', got {mode!r}.")
+    if differentiation not in get_args(Differentiation):
+        raise ValueError(
+            f"Expected `differentiation` to be 'auto', 'exact' or 'finite_difference', got {differentiation!r}."
+        )
+
+
 def _common_failure(own: Exception | None, counts: list[float]) -> Exception | None:
     """Return what this rank is to raise, so that all ranks raise, or fall back, together."""
     num_failed, num_without_second_derivative = counts
@@ -677,15 +734,19 @@ def _common_failure(own: Exception | None, counts: list[float]) -> Exception | N
     return None
 
 
-def _second_derivative_error(error: RuntimeError) -> RuntimeError:
+def _from_autograd(error: RuntimeError) -> RuntimeError:
     """Return the error to raise when differentiating twice failed: ours if that is the reason, else the same."""
-    if not _NO_SECOND_DERIVATIVE.search(str(error)):
-        return error
+    return _second_derivative_error(str(error)) if _NO_SECOND_DERIVATIVE.search(str(error)) else error
+
+
+def _second_derivative_error(reason: str) -> NotTwiceDifferentiableError:
     return NotTwiceDifferentiableError(
-        f"Expected operators with a second derivative, got one without: {error} Replace the operator, or pass "
+        f"Expected operators with a second derivative, got one without: {reason} Replace the operator, or pass "
         "differentiation='finite_difference' to differentiate the gradient numerically."
     )
 
+
+_VERIFICATION_TOLERANCE = 0.05
 
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative for .* is not implemented|differentiate twice|once_differentiable|double.?backward",
@@ -695,6 +756,18 @@ _NO_SECOND_DERIVATIVE = re.compile(
 
 def _loss_in(output: Any) -> Any:
     return output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+
+
+def _graph_nodes(loss: Tensor) -> set[Any]:
+    """Return the nodes of the graph of a loss."""
+    nodes: set[Any] = set()
+    pending: list[Any] = [loss.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            pending.extend(following for following, _ in node.next_functions)
+    return nodes
 
 
 def _check_loss(loss: Any) -> Tensor:

@@ -148,7 +148,7 @@ def _candidates(loader: DataLoader[Any], max_batches: float) -> list[int]:
     everything = list(range(len(loader.dataset)))  # type: ignore[arg-type]
     if type(loader.batch_sampler) is not BatchSampler:
         return _iterated(loader.batch_sampler)
-    sampler: Any = loader.sampler
+    sampler: Any = loader.batch_sampler.sampler
     if type(sampler) is SequentialSampler:
         num_shown = max_batches * loader.batch_sampler.batch_size
         return everything if num_shown >= len(everything) else everything[: int(num_shown)]

@@ -14,6 +14,7 @@ from lightning_flatness.estimators.sharpness import (
     worst_case_sharpness,
 )
 from lightning_flatness.estimators.trace import TraceMethod, TraceResult, hessian_trace, stochastic_trace
+from lightning_flatness.estimators.undefined import UndefinedMeasureError
 
 __all__ = [
     "BallNorm",
@@ -25,6 +26,7 @@ __all__ = [
     "SharpnessResult",
     "TraceMethod",
     "TraceResult",
+    "UndefinedMeasureError",
     "Which",
     "average_case_sharpness",
     "gradient_noise",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_flatness.estimators.operators import Operator
 from lightning_flatness.estimators.trace import TraceMethod, hessian_trace
+from lightning_flatness.estimators.undefined import UndefinedMeasureError
 from lightning_flatness.geometry import Chart, Geometry
 from lightning_flatness.landscape import LossLandscape
 
@@ -58,10 +59,10 @@ def gradient_noise(
         The trace with its standard error.
 
     Raises:
-        ValueError: If there is a single sample, or the loss is not a mean over samples that each have a loss.
+        UndefinedMeasureError: If there is a single sample, or the loss is not a mean over samples.
     """
     if landscape.num_samples < 2:
-        raise ValueError("Expected two or more samples to measure the scatter of their gradients, got one.")
+        raise UndefinedMeasureError("Expected two or more samples to measure the scatter of their gradients, got one.")
     spent = landscape.cost.gradient_evaluations
     with landscape.measurement():
         chart = landscape.chart(geometry)
@@ -161,7 +162,7 @@ def _gradients_of_samples(landscape: LossLandscape) -> Iterator[Tensor]:
 def _check_mean(gradient: Tensor, mean: Tensor, length: float) -> None:
     deviation = float(torch.linalg.vector_norm(mean - gradient))
     if not deviation <= 1e3 * torch.finfo(gradient.dtype).eps * max(length, 1e-30):
-        raise ValueError(
+        raise UndefinedMeasureError(
             "Expected a loss that is the mean of the losses of single samples, got one whose gradient is not the mean "
             f"of theirs (off by {deviation:.2g}). Measure in mode='eval' if the module normalises or drops out over a "
             "batch, and leave weights of classes and ignored targets out of the mean."

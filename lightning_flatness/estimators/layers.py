@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lightning_flatness.estimators.undefined import UndefinedMeasureError
 from lightning_flatness.landscape import LossLandscape
 
 
@@ -18,7 +19,8 @@ def linear_layer(landscape: LossLandscape, name: str | None) -> tuple[str, nn.Li
         The name and the layer.
 
     Raises:
-        ValueError: If there is no such layer; the error lists those there are.
+        UndefinedMeasureError: If the module has no linear layer.
+        ValueError: If there is no layer of that name; the error lists those there are.
     """
     trainable = {id(p) for p in landscape.parameters}
     layers = {
@@ -27,7 +29,7 @@ def linear_layer(landscape: LossLandscape, name: str | None) -> tuple[str, nn.Li
         if isinstance(m, nn.Linear) and id(getattr(m, "weight", None)) in trainable
     }
     if not layers:
-        raise ValueError(
+        raise UndefinedMeasureError(
             f"Expected a module with a trainable nn.Linear layer, got {type(landscape.module).__name__} without one. "
             "Relative flatness is defined for linear layers only; measure HessianTrace(geometry='layer') instead."
         )

@@ -24,6 +24,7 @@ from lightning_flatness.estimators.operators import (
     unit_vector,
 )
 from lightning_flatness.estimators.trace import check_trace_arguments
+from lightning_flatness.estimators.undefined import UndefinedMeasureError
 from lightning_flatness.landscape import LossLandscape
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -78,8 +79,9 @@ def minimum_sharpness(
         The minimum with its standard error.
 
     Raises:
-        ValueError: If rescaling the layers changes the loss: the module is not a chain of linear layers with
-            positively homogeneous activations. Or if an argument is out of range.
+        UndefinedMeasureError: If rescaling the layers changes the loss: the module is not a chain of linear layers
+            with positively homogeneous activations.
+        ValueError: If an argument is out of range.
     """
     check_operator(operator)
     check_trace_arguments("hutchinson", num_products, tol)
@@ -212,7 +214,7 @@ def _layers_in_order(landscape: LossLandscape) -> list[tuple[str, nn.Module]]:
     if others := sorted(name for i, name in trainable.items() if i not in held):
         owner = others[0].rpartition(".")[0]
         what = type(landscape.module.get_submodule(owner)).__name__
-        raise ValueError(
+        raise UndefinedMeasureError(
             f"Expected all trainable weights in linear and convolutional layers, got {others[0]!r} of a {what}: "
             "minimum sharpness is defined for chains of those. Measure HessianTrace(geometry='layer') instead."
         )
@@ -247,7 +249,7 @@ def _check_invariance(landscape: LossLandscape, layers: Sequence[nn.Module]) -> 
         except ValueError:  # not finite
             after = math.inf
     if not abs(after - before) <= _INVARIANCE * abs(before):
-        raise ValueError(
+        raise UndefinedMeasureError(
             f"Expected a chain of linear layers with positively homogeneous activations, got "
             f"{type(landscape.module).__name__}, whose loss moves from {before:.6g} to {after:.6g} when its layers are "
             "rescaled by factors of product one (a tanh, a sum of branches, a normalisation or a layer used twice does "

@@ -5,6 +5,7 @@ from lightning_flatness.metrics.density import SpectralDensity
 from lightning_flatness.metrics.eigenvalues import InvariantSharpness, TopEigenvalues
 from lightning_flatness.metrics.gradient_noise import GradientNoise, NoiseCurvatureRatio
 from lightning_flatness.metrics.layerwise import MinimumSharpness, RelativeFlatness
+from lightning_flatness.metrics.presets import Preset, preset_metrics
 from lightning_flatness.metrics.sharpness import AverageCaseSharpness, WorstCaseSharpness
 from lightning_flatness.metrics.trace import HessianTrace
 
@@ -16,8 +17,10 @@ __all__ = [
     "InvariantSharpness",
     "MinimumSharpness",
     "NoiseCurvatureRatio",
+    "Preset",
     "RelativeFlatness",
     "SpectralDensity",
     "TopEigenvalues",
     "WorstCaseSharpness",
+    "preset_metrics",
 ]
