@@ -50,7 +50,7 @@ class SpectralDensity(FlatnessMetric):
         moments: ``tr(H^p)/n`` for p = 1 … 4, of the eigenvalues themselves.
         moment_errors: Their standard errors.
         negative_share: Share of the eigenvalues below zero (beyond rounding).
-        negative_share_error: Its standard error.
+        negative_share_error: Its standard error, and what so many steps leave open about eigenvalues around zero.
         num_runs_used: Random vectors behind the values; 0 where they are exact.
 
     Raises:
@@ -148,7 +148,7 @@ class SpectralDensity(FlatnessMetric):
         """
         figure = Figure(figsize=(5, 3.2), layout="constrained")
         FigureCanvasAgg(figure)
-        self._draw(figure.subplots(), self.compute())
+        self._draw(figure.subplots(), self.value)
         return figure
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
@@ -165,7 +165,7 @@ class SpectralDensity(FlatnessMetric):
             figure = Figure(figsize=(5, 3.2), layout="constrained")
             FigureCanvasAgg(figure)
             ax = figure.subplots()
-        self._draw(ax, self.compute() if val is None else val)
+        self._draw(ax, self.value if val is None else val)
         return ax.get_figure(), ax
 
     def _draw(self, ax: Any, density: Tensor) -> None:

@@ -91,13 +91,14 @@ class MinimumSharpness(FlatnessMetric):
     positively homogeneous activations (ReLU, pooling, …); whether the module is one is checked by rescaling it.
     Invariant under rescaling layers. Units: loss per weight squared, at the scales that make it smallest.
 
-    A measurement costs one gradient and two per product, 129 by default, and three losses. Memory: four vectors of the
-    size of the weights. A layer whose trace is negative (smooth activations, or too few probes) leaves no
-    minimum: the value is minus infinity, not converged; ``operator="ggn"`` rules that out but for the noise.
+    A measurement costs one gradient and two per product, 193 by default, and three losses. Memory: four vectors of the
+    size of the weights. A layer whose trace is negative (under a loss that is not convex in the outputs) leaves no
+    minimum: the value is minus infinity, not converged; with ``operator="ggn"`` and the usual losses there is one.
 
     Args:
         operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix, which needs an :class:`OutputLoss`.
-        num_products: Products to spend on a measurement. Exact if there are no more weights.
+        method: ``"hutch++"`` or ``"hutchinson"``, for the trace of each tensor's block.
+        num_products: Products to spend on all tensors together, 4 on each at least; small tensors are done exactly.
         tol: Standard error, relative to the value, at which the value counts as converged.
         seed: Seed of the probes.
 
@@ -119,19 +120,32 @@ class MinimumSharpness(FlatnessMetric):
     error_name = "standard_error"
     effort = "num_products"
 
-    def __init__(self, operator: Operator = "hessian", num_products: int = 64, tol: float = 0.1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        operator: Operator = "hessian",
+        method: TraceMethod = "hutch++",
+        num_products: int = 96,
+        tol: float = 0.1,
+        seed: int = 0,
+    ) -> None:
         check_operator(operator)
-        check_trace_arguments("hutchinson", num_products, tol)
+        check_trace_arguments(method, num_products, tol)
         super().__init__()
         self.operator: Operator = operator
+        self.method: TraceMethod = method
         self.max_products = num_products
         self.tol = tol
         self.seed = seed
-        self.distinguish(operator, num_products, tol, seed)
+        self.distinguish(operator, method, num_products, tol, seed)
 
     def measure(self, landscape: LossLandscape) -> None:
         """Estimate the traces of the layers and minimise over their scales."""
         result = minimum_sharpness(
-            landscape, operator=self.operator, num_products=self.max_products, tol=self.tol, seed=self.seed
+            landscape,
+            operator=self.operator,
+            method=self.method,
+            num_products=self.max_products,
+            tol=self.tol,
+            seed=self.seed,
         )
         self.store(result.value, result.standard_error, converged=result.converged, num_products=result.num_products)

@@ -16,20 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flatness.estimators.layers import offset_of
-from lightning_flatness.estimators.operators import (
-    Operator,
-    check_operator,
-    curvature_product,
-    rademacher,
-    unit_vector,
-)
-from lightning_flatness.estimators.trace import check_trace_arguments
+from lightning_flatness.estimators.operators import Operator, check_operator, curvature_product
+from lightning_flatness.estimators.trace import TraceMethod, check_trace_arguments, stochastic_trace
 from lightning_flatness.estimators.undefined import UndefinedMeasureError
 from lightning_flatness.landscape import LossLandscape
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _INVARIANCE = 1e-3
-_ROUNDING = 16
+_TENSORS = ("weight", "bias")
+_LEAST_PRODUCTS = 4
 
 
 @dataclass(frozen=True)
@@ -59,19 +54,21 @@ def minimum_sharpness(
     landscape: LossLandscape,
     *,
     operator: Operator = "hessian",
-    num_products: int = 64,
+    method: TraceMethod = "hutch++",
+    num_products: int = 96,
     tol: float = 0.1,
     seed: int = 0,
 ) -> MinimumSharpnessResult:
     """Return the minimum over layer scales (of product one) of the Hessian's trace at the rescaled weights.
 
-    Costs one gradient and two per product; memory: three vectors of the size of the weights. Every product serves
-    all layers. The standard error follows from the scatter of the probes at the scales found, to first order.
+    Costs one gradient and two per product, and three losses; memory: four vectors of the size of the weights. Each
+    weight and each bias tensor is probed by itself. The standard error is that of the sum at the scales found.
 
     Args:
         landscape: The loss.
         operator: ``"hessian"``, or ``"ggn"``, whose traces are never negative for the usual losses.
-        num_products: Products to spend. Exact if there are no more weights than that.
+        method: ``"hutch++"`` or ``"hutchinson"``, for the trace of each block.
+        num_products: Products to spend on all tensors together, 4 on each at least; small tensors are done exactly.
         tol: Relative standard error at which the result counts as converged.
         seed: Seed of the probes.
 
@@ -84,28 +81,27 @@ def minimum_sharpness(
         ValueError: If an argument is out of range.
     """
     check_operator(operator)
-    check_trace_arguments("hutchinson", num_products, tol)
+    check_trace_arguments(method, num_products, tol)
     spent = landscape.cost.gradient_evaluations
     with landscape.measurement():
         layers = _layers_in_order(landscape)
         _check_invariance(landscape, [layer for _, layer in layers])
-        forms, is_exact = _block_forms(landscape, operator, num_products, seed)
-        weights, biases = _traces_by_layer(landscape, [layer for _, layer in layers], forms)
-    per_weight, per_bias = weights.mean(dim=0), biases.mean(dim=0)
-    log_scales = minimizing_log_scales(per_weight, per_bias)
-    exists = bool((per_weight >= 0).all() and (per_bias >= 0).all())
-    samples = _rescaled_trace(log_scales, weights, biases)
-    value = float(samples.mean()) if exists else -math.inf
-    rounding = _ROUNDING * torch.finfo(landscape.dtype).eps * float(samples.abs().max())
-    scatter = 0.0 if is_exact else float(samples.std()) / math.sqrt(len(samples))
-    error = math.hypot(scatter, rounding) + landscape.product_error * abs(float(samples.mean()))
+        modules = [layer for _, layer in layers]
+        traces, errors, spent_products = _block_traces(landscape, modules, operator, method, num_products, seed)
+    log_scales = minimizing_log_scales(*traces)
+    exists = bool((traces >= -4 * errors).all())  # a trace of zero may come out a little below it
+    terms = _rescaled(log_scales, *traces.clamp_min(0))
+    value = float(terms.sum()) if exists else -math.inf
+    # To first order the error of a minimum is that of the function at the place of the minimum.
+    error = float(torch.linalg.vector_norm(_rescaled(log_scales, *errors)))
+    error += landscape.product_error * float(terms.sum())
     return MinimumSharpnessResult(
         value=torch.tensor(value, dtype=landscape.dtype, device=landscape.device),
         standard_error=torch.tensor(error, dtype=landscape.dtype, device=landscape.device),
         layers=tuple(name for name, _ in layers),
         scales=log_scales.exp().to(landscape.device, landscape.dtype),
         converged=exists and error <= tol * value,
-        num_products=min(num_products, landscape.num_parameters),
+        num_products=spent_products,
         gradient_evaluations=landscape.cost.gradient_evaluations - spent,
     )
 
@@ -158,48 +154,52 @@ def minimizing_log_scales(weights: Tensor, biases: Tensor) -> Tensor:
     return log_scales
 
 
-def _rescaled_trace(log_scales: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
-    """Return ``sum_l t_l / alpha_l² + b_l / (alpha_1 … alpha_l)²`` for every row of traces."""
-    return weights @ torch.exp(-2 * log_scales) + biases @ torch.exp(-2 * log_scales.cumsum(dim=0))
+def _rescaled(log_scales: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
+    """Return the terms ``t_l / alpha_l²`` and ``b_l / (alpha_1 … alpha_l)²``, shape (2, layers)."""
+    terms = weights * torch.exp(-2 * log_scales), biases * torch.exp(-2 * log_scales.cumsum(dim=0))
+    return torch.stack(terms)
 
 
-def _block_forms(
-    landscape: LossLandscape, operator: Operator, num_products: int, seed: int
-) -> tuple[list[list[float]], bool]:
-    """Return, a row per probe, ``v_i (H v)_i`` summed over each parameter tensor; and whether the sum is exact."""
-    chart = landscape.chart("euclidean")
-    product = curvature_product(landscape, chart, operator)
-    size = landscape.num_parameters
-    is_exact = size <= num_products
-    generator = torch.Generator().manual_seed(seed)
-    forms = []
-    for i in range(min(size, num_products)):
-        if is_exact:
-            v = unit_vector(size, i, landscape.dtype, landscape.device)
-        else:
-            v = rademacher(size, generator, landscape.dtype, landscape.device)
-        pieces = landscape.unflatten(v * product(v))
-        forms.append([float(piece.double().sum()) for piece in pieces])
-    if not all(math.isfinite(f) for row in forms for f in row):
-        raise RuntimeError(
-            "Expected finite Hessian-vector products, got one that is not. Check the gradient of the loss at the "
-            "current weights (e.g. a square root or a norm at zero), or measure in float64."
+def _block_traces(
+    landscape: LossLandscape,
+    layers: Sequence[nn.Module],
+    operator: Operator,
+    method: TraceMethod,
+    num_products: int,
+    seed: int,
+) -> tuple[Tensor, Tensor, int]:
+    """Return traces and standard errors of the blocks of weights and biases, shape (2, layers); and the products.
+
+    Every tensor is probed by itself. A network that is linear in each of its layers has positive semi-definite blocks
+    under the usual losses, so that no probe is negative; probing all blocks at once would not give that.
+    """
+    product = curvature_product(landscape, landscape.chart("euclidean"), operator)
+    values = torch.zeros(2, len(layers), dtype=torch.float64)
+    errors, spent = torch.zeros_like(values), 0
+    blocks = [(i, j, getattr(layer, name)) for j, layer in enumerate(layers) for i, name in enumerate(_TENSORS)]
+    blocks = [(i, j, p) for i, j, p in blocks if p is not None and p.requires_grad]
+    blocks.sort(key=lambda block: int(block[2].numel()))  # what the small ones leave goes to the large ones
+    for done, (i, j, parameter) in enumerate(blocks):
+        start, size = offset_of(landscape, parameter), parameter.numel()
+
+        def matvec(y: Tensor, start: int = start, size: int = size) -> Tensor:
+            v = torch.zeros(landscape.num_parameters, dtype=landscape.dtype, device=landscape.device)
+            v[start : start + size] = y
+            return product(v)[start : start + size]
+
+        share = max(_LEAST_PRODUCTS, (num_products - spent) // (len(blocks) - done))
+        result = stochastic_trace(
+            matvec,
+            size,
+            method=method,
+            num_products=share,
+            seed=seed + done,
+            dtype=landscape.dtype,
+            device=landscape.device,
         )
-    return ([[sum(column) for column in zip(*forms, strict=True)]] if is_exact else forms), is_exact
-
-
-def _traces_by_layer(
-    landscape: LossLandscape, layers: Sequence[nn.Module], forms: list[list[float]]
-) -> tuple[Tensor, Tensor]:
-    """Return the contributions of the layers' weights and biases, shape (probes, layers) each."""
-    table = torch.tensor(forms, dtype=torch.float64)
-    column = {id(p): i for i, p in enumerate(landscape.parameters)}
-
-    def pick(name: str) -> Tensor:
-        columns = [column.get(id(getattr(layer, name))) for layer in layers]
-        return torch.stack([table[:, c] if c is not None else torch.zeros(len(table)).double() for c in columns], dim=1)
-
-    return pick("weight"), pick("bias")
+        values[i, j], errors[i, j] = result.value, result.standard_error
+        spent += result.num_products
+    return values, errors, spent
 
 
 def _layers_in_order(landscape: LossLandscape) -> list[tuple[str, nn.Module]]:
