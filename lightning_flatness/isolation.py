@@ -160,8 +160,8 @@ def twice_differentiable(module: nn.Module, device: torch.device) -> Iterator[No
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_mha_fastpath_disabled())
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(_disabled(torch.backends.cudnn))
+            stack.enter_context(_disabled(torch.backends.mkldnn))
         stack.enter_context(_eager())
         yield
 
@@ -179,6 +179,17 @@ class DifferentiableWeightNorm(TorchFunctionMode):
             v, g, dim = (*args, 0)[:3]
             return v * (g / torch.norm_except_dim(v, 2, dim))
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _disabled(backend: Any) -> Iterator[None]:
+    # Not backend.flags(enabled=False), which sets the other flags, too, and warns of them on some machines.
+    enabled = backend.enabled
+    backend.enabled = False
+    try:
+        yield
+    finally:
+        backend.enabled = enabled
 
 
 @contextmanager
