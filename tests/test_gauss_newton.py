@@ -79,7 +79,9 @@ def test_product_equals_the_dense_matrix(name):
     landscape = LossLandscape(problem.module, problem.batches, loss, mode=problem.mode)
     v = torch.randn(problem.num_parameters, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(landscape.ggnvp(v), dense @ v, rtol=1e-10, atol=1e-12)
-    with landscape.measurement():  # the second product reuses the graph of the first, and does not disturb the Hessian's
+    with (
+        landscape.measurement()
+    ):  # the second product reuses the graph of the first, and does not disturb the Hessian's
         landscape.ggnvp(v)
         torch.testing.assert_close(landscape.ggnvp(v), dense @ v, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(landscape.hvp(v), problem.dense_hessian() @ v, rtol=1e-10, atol=1e-12)
@@ -154,9 +156,7 @@ def test_a_loss_linear_in_the_outputs_has_no_gauss_newton_curvature():
 @pytest.mark.parametrize("graph_memory", [0, 2**30])
 def test_cost_is_two_gradients_where_graphs_are_kept_and_four_with_their_making(graph_memory):
     problem = make_problem("tanh_mlp")
-    landscape = LossLandscape(
-        problem.module, problem.batches, OutputLoss(F.cross_entropy), graph_memory=graph_memory
-    )
+    landscape = LossLandscape(problem.module, problem.batches, OutputLoss(F.cross_entropy), graph_memory=graph_memory)
     v = torch.ones(problem.num_parameters, dtype=torch.float64)
     with landscape.measurement():
         first = landscape.ggnvp(v)

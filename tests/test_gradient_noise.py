@@ -148,7 +148,7 @@ def test_losses_that_are_no_mean_over_samples_are_refused():
     with pytest.raises(UndefinedMeasureError, match="Expected a loss that is the mean of the losses of single samples"):
         GradientNoise().update(weighted)
     one = LossLandscape(problem.module, classification((1,), (4,)), lambda m, b: m(b[0].double()).mean())
-    with pytest.raises(UndefinedMeasureError, match="Expected two or more samples .* got one"):
+    with pytest.raises(UndefinedMeasureError, match=r"Expected two or more samples .* got one"):
         GradientNoise().update(one)
     with pytest.raises(ValueError, match="Expected `tol` to be >= 0"):
         GradientNoise(tol=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def landscape_of(problem: Problem) -> LossLandscape:
 def chain(*widths: int, bias: bool, seed: int = 0) -> Problem:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b, bias=bias), nn.ReLU()]
     data = [(x.double(), y) for x, y in classification((9, 6), (widths[0],), widths[-1])]
     return Problem(nn.Sequential(*layers[:-1]).double(), data, cross_entropy)
@@ -92,7 +93,9 @@ def test_relative_flatness_stays_put_when_layers_are_rescaled():
         problem.module[0].weight.mul_(1e3)
         problem.module[2].weight.mul_(1e-2)
         problem.module[4].weight.mul_(1e-1)
-    assert float(relative_flatness(landscape_of(problem), "2", num_products=200).value) == pytest.approx(before, rel=1e-9)
+    assert float(relative_flatness(landscape_of(problem), "2", num_products=200).value) == pytest.approx(
+        before, rel=1e-9
+    )
 
 
 def test_relative_flatness_takes_the_last_linear_layer_by_default():

@@ -207,6 +207,9 @@ class FlatnessMonitor(Callback):
     def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
         values = self._measure(trainer, pl_module)
         self._last_step = trainer.global_step
+        for name, metric in self.metrics.items():
+            if isinstance(metric, SpectralDensity):
+                log_figure(trainer, f"{self.log_key_prefix}{name}", metric.figure())
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         for key, value in values.items():
@@ -224,8 +227,6 @@ class FlatnessMonitor(Callback):
                 for name, metric in self.metrics.items():
                     if self._is_measured(name, metric.to(landscape.device), landscape):
                         values |= self._named_values(name, metric)
-                        if isinstance(metric, SpectralDensity):
-                            log_figure(trainer, f"{self.log_key_prefix}{name}", metric.figure())
         self.differentiation = landscape.differentiation  # what "auto" came down to, so that it warns once
         sharpness, edge = self._sharpness_at_the_edge(trainer), stability_edge(trainer.optimizers)
         if sharpness in values and not math.isnan(edge):

@@ -2,9 +2,9 @@
 
 from lightning_flatness.estimators.density import DensityResult, spectral_density
 from lightning_flatness.estimators.eigenvalues import top_eigenvalues
-from lightning_flatness.estimators.noise import GradientNoiseResult, gradient_noise, noise_curvature_ratio
 from lightning_flatness.estimators.lanczos import EigenResult, Which, lanczos
 from lightning_flatness.estimators.minimum import MinimumSharpnessResult, minimum_sharpness
+from lightning_flatness.estimators.noise import GradientNoiseResult, gradient_noise, noise_curvature_ratio
 from lightning_flatness.estimators.operators import Operator
 from lightning_flatness.estimators.relative import relative_flatness
 from lightning_flatness.estimators.sharpness import (
