@@ -98,7 +98,8 @@ def worst_case_sharpness(
         if normalize_logits:
             landscape = landscape.with_normalized_logits()
         chart = landscape.chart(geometry)
-        _check_radius(chart, rho, geometry)
+        reach = rho * (math.sqrt(chart.num_coordinates) if norm == "linf" else 1)
+        _check_radius(chart, reach, geometry)
         generator = torch.Generator().manual_seed(seed)
         starts = _starts(chart, landscape, rho, norm, num_restarts, generator)
         if num_samples is None:
@@ -215,11 +216,11 @@ def _check_rho(rho: Any) -> None:
         raise ValueError(f"Expected `rho` to be > 0 and finite, got {rho!r}.")
 
 
-def _check_radius(chart: Chart, rho: float, geometry: str | Geometry) -> None:
-    if rho >= chart.radius:
+def _check_radius(chart: Chart, reach: float, geometry: str | Geometry) -> None:
+    if reach >= chart.radius:
         raise ValueError(
-            f"Expected `rho` to be < {chart.radius:.4g}, where the chart of the geometry {geometry!r} ends at the "
-            f"current weights, got {rho}. Choose a smaller radius."
+            f"Expected a `rho` whose ball stays within ‖z‖ < {chart.radius:.4g}, where the chart of the geometry "
+            f"{geometry!r} ends at the current weights, got one that reaches {reach:.4g}. Choose a smaller radius."
         )
 
 
