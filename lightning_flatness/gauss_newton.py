@@ -133,8 +133,8 @@ class Linearization:
         generator = torch.Generator().manual_seed(0)
         u, v = ([_randn_like(t, generator) for t in group] for group in (self.outputs, self.parameters))
         transposed = torch.autograd.grad(self.outputs, self.parameters, u, retain_graph=True, allow_unused=True)
-        left = sum(float((a * b).double().sum()) for a, b in zip(u, self.jvp(v), strict=True))
-        terms = [float((a * b).double().sum()) for a, b in zip(transposed, v, strict=True) if a is not None]
+        left = sum(float((a * b).sum()) for a, b in zip(u, self.jvp(v), strict=True))
+        terms = [float((a * b).sum()) for a, b in zip(transposed, v, strict=True) if a is not None]
         return abs(left - sum(terms)) <= _ADJOINT_TOLERANCE * sum(abs(term) for term in terms)
 
     def pulled_back(self) -> Sequence[Tensor | None]:

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_flatness.batches import infer_batch_size, prepare_batch, slice_samples, tensors_in
+from lightning_flatness.batches import infer_batch_size, map_tensors, prepare_batch, slice_samples, tensors_in
 from lightning_flatness.gauss_newton import Linearization, OutputLoss, normalized_logits
 from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
 from lightning_flatness.isolation import DifferentiableWeightNorm, Isolation, Mode, isolated, preserved_rng
@@ -405,14 +405,14 @@ class LossLandscape:
             Shape (stop - start, num_parameters).
         """
         assert self._isolation is not None
-        batch, size = self.batches[index], self.batch_sizes[index]
+        batch, size = self._fresh_batch(index), self.batch_sizes[index]
         if vectorized:
             with self._isolation.forward_pass(index):
                 return gradients_by_vmap(self.module, self.loss_fn, batch, size, start, stop).to(self.dtype)
         gradients = torch.zeros(stop - start, self.num_parameters, dtype=self.dtype, device=self.device)
         for i, row in enumerate(gradients, start=start):
             with self._isolation.forward_pass(index):
-                output = self.loss_fn(self.module, slice_samples(batch, size, i, i + 1))
+                output = self.loss_fn(self.module, map_tensors(torch.clone, slice_samples(batch, size, i, i + 1)))
             loss = _check_loss(_loss_in(output))
             for view, piece in zip(
                 self.unflatten(row), torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True
@@ -443,7 +443,7 @@ class LossLandscape:
         assert self._isolation is not None
         with _counted_bytes() as storages:
             with self._isolation.forward_pass(index), DifferentiableWeightNorm():
-                linearization = Linearization(output_loss, self.module, self.batches[index], self.parameters)
+                linearization = Linearization(output_loss, self.module, self._fresh_batch(index), self.parameters)
             _check_loss(linearization.loss)
             try:
                 linearization.pulled_back()
@@ -460,7 +460,7 @@ class LossLandscape:
         norm = float(torch.linalg.vector_norm(v))
         if norm == 0:
             return [None] * len(self.parameters)
-        weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.parameters))
+        weights = math.hypot(*(float(torch.linalg.vector_norm(p.detach())) for p in self.parameters))
         step = torch.finfo(self.dtype).eps ** (1 / 3) * (1 + weights) / norm
         self.product_error = max(self.product_error, 10 * torch.finfo(self.dtype).eps ** (2 / 3))
         sides = []
@@ -468,11 +468,11 @@ class LossLandscape:
             with self.displaced(sign * step * v), torch.no_grad():
                 assert self._isolation is not None
                 with self._isolation.forward_pass(index):
-                    outputs = output_loss.outputs(self.module, self.batches[index])
+                    outputs = output_loss.outputs(self.module, self._fresh_batch(index))
                 sides.append([t.clone() for t in tensors_in(outputs)])
         assert self._isolation is not None
         with self._isolation.forward_pass(index):
-            linearization = Linearization(output_loss, self.module, self.batches[index], self.parameters)
+            linearization = Linearization(output_loss, self.module, self._fresh_batch(index), self.parameters)
         jv = [(f - b) / (2 * step) for f, b, used in zip(*sides, linearization.is_used, strict=True) if used]
         return linearization.product_from(jv, keep=False)
 
@@ -583,7 +583,7 @@ class LossLandscape:
         Truncation shrinks with the square of the step and rounding grows with its inverse, so the change
         between neighbouring steps has its minimum where the two balance.
         """
-        weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.parameters))
+        weights = math.hypot(*(float(torch.linalg.vector_norm(p.detach())) for p in self.parameters))
         step = torch.finfo(self.dtype).eps ** (1 / 4) * (1 + weights)
         previous = self._central_difference(direction, step)
         best = math.inf
@@ -603,8 +603,9 @@ class LossLandscape:
     def _batch_loss(self, index: int) -> Tensor:
         assert self._isolation is not None
         rewriting = DifferentiableWeightNorm() if self._has_weight_norm else nullcontext()
+        batch = self._fresh_batch(index)
         with self._isolation.forward_pass(index), rewriting:
-            output = self.loss_fn(self.module, self.batches[index])
+            output = self.loss_fn(self.module, batch)
         loss = _check_loss(_loss_in(output))
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise RuntimeError(
@@ -612,6 +613,10 @@ class LossLandscape:
                 "`no_grad` or `item` between the parameters and the loss."
             )
         return loss
+
+    def _fresh_batch(self, index: int) -> Any:
+        """Return a copy of a batch: user code may write into its batch, or pop from it."""
+        return map_tensors(torch.clone, self.batches[index])
 
     def _mean_over_samples(self, local: Callable[[int], Sequence[Tensor | None]], size: int) -> Tensor:
         """Return ``sum_b n_b f_b / N`` over the batches of all ranks, with one all-reduce.
@@ -697,8 +702,9 @@ def _counted_bytes() -> Iterator[dict[int, int]]:
     storages: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        if tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):

@@ -39,7 +39,7 @@ def gradients_by_vmap(
 
     def loss_of(values: dict[str, Tensor], *sample: Tensor) -> Tensor:
         pieces = iter([t.unsqueeze(0) if sliced else t for t, sliced in zip(sample, is_sliced, strict=True)])
-        one = map_tensors(lambda _: next(pieces), batch)
+        one = map_tensors(lambda _: next(pieces).clone(), batch)  # the user's code may write into its batch
         loss: Tensor = torch.func.functional_call(holder, values, (one,))
         return loss.reshape(())
 

@@ -11,14 +11,16 @@ import math
 import time
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_flatness.batches import map_tensors
 from lightning_flatness.callbacks.pictures import custom_scalars_layout, log_figure, log_layout
 from lightning_flatness.estimators import UndefinedMeasureError
 from lightning_flatness.geometry import Euclidean, MissingOptimizerStateError, OptimizerGeometry
-from lightning_flatness.isolation import Mode, seeded
+from lightning_flatness.isolation import Mode, isolated
 from lightning_flatness.landscape import Differentiation, LossFunction, LossLandscape, check_options
 from lightning_flatness.metrics import FlatnessMetric, Preset, SpectralDensity, TopEigenvalues, preset_metrics
 from lightning_flatness.probe import SeenBatches, can_index, draw_probe
@@ -239,8 +241,7 @@ class FlatnessMonitor(Callback):
         assert self._probe is not None
         batches = self._probe
         if not self._is_transferred:
-            with seeded(self.seed, pl_module.device):
-                batches = [_transferred(trainer, pl_module, batch) for batch in batches]
+            batches = _transferred(trainer, pl_module, batches, self.seed)
         return LossLandscape(
             pl_module,
             batches,
@@ -286,7 +287,9 @@ class FlatnessMonitor(Callback):
         """Return the name of the metric whose lambda_max is to be held against the edge; empty if there is none."""
         geometry = OptimizerGeometry if is_preconditioned(trainer.optimizers) else Euclidean
         for name, metric in self.metrics.items():
-            if isinstance(metric, TopEigenvalues) and isinstance(metric.geometry, geometry) and metric.which == "LA":
+            if not isinstance(metric, TopEigenvalues) or (metric.which, metric.operator) != ("LA", "hessian"):
+                continue
+            if isinstance(metric.geometry, geometry):
                 return name
         return ""
 
@@ -333,13 +336,18 @@ class FlatnessMonitor(Callback):
             )
 
 
-def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """Do to a batch what the training loop does to it before the training step, the user's hooks included."""
-    batch = trainer.precision_plugin.convert_input(batch)
+def _transferred(trainer: Trainer, pl_module: LightningModule, batches: list[Any], seed: int) -> list[Any]:
+    """Do to batches what the training loop does to them before the training step, the user's hooks included."""
     datamodule = getattr(trainer, "datamodule", None)
     source: Any = datamodule if _overrides(datamodule, "on_before_batch_transfer") else pl_module
-    batch = source.on_before_batch_transfer(batch, 0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    transferred = []
+    with isolated(pl_module, "train", pl_module.device, seed) as isolation, torch.no_grad():
+        for index, batch in enumerate(batches):
+            with isolation.forward_pass(index):
+                batch = trainer.precision_plugin.convert_input(map_tensors(torch.clone, batch))
+                batch = source.on_before_batch_transfer(batch, 0)
+                transferred.append(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+    return transferred
 
 
 def _overrides(instance: Any, hook: str) -> bool:

@@ -205,7 +205,7 @@ def check_density_arguments(num_runs: int, num_steps: int, num_points: int, widt
 
 def _exact_spectrum(matvec: Callable[[Tensor], Tensor], size: int, landscape: LossLandscape) -> tuple[Tensor, Tensor]:
     columns = [matvec(unit_vector(size, i, landscape.dtype, landscape.device)) for i in range(size)]
-    matrix = torch.stack(columns).to("cpu", torch.float64)
+    matrix = torch.stack(columns).cpu().double()
     if not torch.isfinite(matrix).all():
         raise RuntimeError(
             "Expected finite Hessian-vector products, got one that is not. Check the gradient of the loss at the "

@@ -99,7 +99,7 @@ def minimum_sharpness(
         value=torch.tensor(value, dtype=landscape.dtype, device=landscape.device),
         standard_error=torch.tensor(error, dtype=landscape.dtype, device=landscape.device),
         layers=tuple(name for name, _ in layers),
-        scales=log_scales.exp().to(landscape.device, landscape.dtype),
+        scales=log_scales.exp().to(landscape.dtype).to(landscape.device),
         converged=exists and error <= tol * value,
         num_products=spent_products,
         gradient_evaluations=landscape.cost.gradient_evaluations - spent,

@@ -169,8 +169,8 @@ def average_case_sharpness(
     value, error = mean_and_error(torch.tensor(rises, dtype=torch.float64))
     error = torch.hypot(error, torch.tensor(torch.finfo(landscape.dtype).eps * abs(centre), dtype=torch.float64))
     return SharpnessResult(
-        value=value.to(landscape.device, landscape.dtype),
-        error=error.to(landscape.device, landscape.dtype),
+        value=value.to(landscape.dtype).to(landscape.device),
+        error=error.to(landscape.dtype).to(landscape.device),
         converged=bool(error <= tol * value.abs()),
         num_products=0,
         gradient_evaluations=landscape.cost.gradient_evaluations - spent,

@@ -162,8 +162,8 @@ def with_cost(result: TraceResult, landscape: LossLandscape, spent: float) -> Tr
     """Return the result of an operator with the landscape's cost since ``spent``, device, dtype and product error."""
     error = result.standard_error + landscape.product_error * result.value.abs()
     return TraceResult(
-        result.value.to(landscape.device, landscape.dtype),
-        error.to(landscape.device, landscape.dtype),
+        result.value.to(landscape.dtype).to(landscape.device),
+        error.to(landscape.dtype).to(landscape.device),
         result.converged,
         result.num_products,
         landscape.cost.gradient_evaluations - spent,
@@ -188,7 +188,7 @@ def check_trace_arguments(method: Any, num_products: Any, tol: float) -> None:
 
 def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean of independent samples along the first axis, and its standard error; float64 on the CPU."""
-    samples = samples.to("cpu", torch.float64)
+    samples = samples.cpu().double()
     if len(samples) < 2:
         return samples.mean(dim=0), torch.full_like(samples.mean(dim=0), math.nan)
     return samples.mean(dim=0), samples.std(dim=0) / math.sqrt(len(samples))
@@ -207,10 +207,10 @@ def _extend(basis: _Basis, vector: Tensor) -> None:
 def _quadratic_form(matvec: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
     product = matvec(v)
     _check_finite(product)
-    form = torch.dot(v, product).to("cpu", torch.float64)
+    form = torch.dot(v, product).cpu().double()
     # What rounding may have done to the form: it is a sum of terms that may cancel.
     rounding = torch.linalg.vector_norm(v) * torch.linalg.vector_norm(product) * torch.finfo(v.dtype).eps
-    return torch.stack([form, rounding.to("cpu", torch.float64)])
+    return torch.stack([form, rounding.cpu().double()])
 
 
 def _check_finite(product: Tensor) -> None:

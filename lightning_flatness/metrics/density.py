@@ -132,7 +132,7 @@ class SpectralDensity(FlatnessMetric):
             num_products=result.num_products,
         )
         for name in ("grid", "moments", "moment_errors", "negative_share", "negative_share_error"):
-            setattr(self, name, getattr(result, name).to(self.device, landscape.dtype))
+            setattr(self, name, getattr(result, name).to(landscape.dtype).to(self.device))
         self.num_runs_used = torch.tensor(result.num_runs, device=self.device)
 
     def scalars(self) -> list[tuple[str, float, float]]:

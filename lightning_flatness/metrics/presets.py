@@ -21,8 +21,8 @@ def preset_metrics(
     """Return the metrics of a named set, by the names under which the monitor logs them.
 
     Cost of one measurement in gradients of the loss on all samples, measured on the convolutional network of
-    ``examples/digits.py`` (13,706 weights, 512 samples) before training, after one epoch and after five, each alone (in one
-    measurement together they share the gradient):
+    ``examples/digits.py`` (13,706 weights, 512 samples) before training, after one epoch and after five, each alone
+    (in one measurement together they share the gradient):
 
     ============================ =========== =====================================================
     name                         gradients   metric
