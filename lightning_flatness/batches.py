@@ -31,7 +31,7 @@ def infer_batch_size(batch: Any) -> int:
         size = getattr(batch, attribute, None)
         if isinstance(size, int):
             return size
-    for tensor in _tensors(batch):
+    for tensor in tensors_in(batch):
         if tensor.dim() > 0:
             return tensor.shape[0]
     raise ValueError(
@@ -76,6 +76,31 @@ def first_samples(batch: Any, num_samples: int) -> Any:
     return map_tensors(lambda t: t[:num_samples] if t.dim() > 0 and t.shape[0] == size else t, batch)
 
 
+def slice_samples(batch: Any, size: int, start: int, stop: int) -> Any:
+    """Return some of the samples of a batch.
+
+    Args:
+        batch: Tensors, nested in any way; what has not one entry per sample is kept whole.
+        size: How many samples the batch holds.
+        start: The first sample to return.
+        stop: The first sample not to return.
+
+    Returns:
+        The batch itself if that is all of it.
+
+    Raises:
+        ValueError: If no tensor has one entry per sample.
+    """
+    if start <= 0 and stop >= size:
+        return batch
+    if not any(tensor.dim() > 0 and tensor.shape[0] == size for tensor in tensors_in(batch)):
+        raise ValueError(
+            f"Expected a batch of {size} samples that can be split, got {type(batch).__name__} without a tensor whose "
+            "first axis counts them. Pass batches of the size that the measure needs."
+        )
+    return map_tensors(lambda t: t[start:stop] if t.dim() > 0 and t.shape[0] == size else t, batch)
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], data: Any) -> Any:
     """Apply a function to every tensor in nested lists, tuples, mappings and dataclasses.
 
@@ -111,15 +136,23 @@ def _like_mapping(original: dict[Any, Any], items: dict[Any, Any]) -> Any:
     return copied
 
 
-def _tensors(data: Any) -> Iterator[Tensor]:
+def tensors_in(data: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples, mappings and dataclasses, in the order of :func:`map_tensors`.
+
+    Args:
+        data: Tensors, nested in any way.
+
+    Yields:
+        Each tensor.
+    """
     if isinstance(data, Tensor):
         yield data
     elif isinstance(data, Mapping):
         for item in data.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(data, list | tuple):
         for item in data:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif is_dataclass(data):
         for field in fields(data):
-            yield from _tensors(getattr(data, field.name))
+            yield from tensors_in(getattr(data, field.name))

@@ -6,6 +6,7 @@ is a mean over *samples* (of all batches and all ranks), and evaluating it leave
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
@@ -23,10 +24,13 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
-from lightning_flatness.batches import infer_batch_size, map_tensors, prepare_batch
+from lightning_flatness.batches import infer_batch_size, map_tensors, prepare_batch, slice_samples, tensors_in
+from lightning_flatness.gauss_newton import Linearization, OutputLoss, normalized_logits
 from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
 from lightning_flatness.isolation import DifferentiableWeightNorm, Isolation, Mode, isolated, preserved_rng
+from lightning_flatness.per_sample import gradients_by_vmap
 
 LossFunction: TypeAlias = Callable[[nn.Module, Any], Any]
 """``loss_fn(module, batch)``: the mean loss over the samples of ``batch``, a scalar tensor or a dict with "loss"."""
@@ -56,6 +60,14 @@ class _Graph:
     num_bytes: int
 
 
+@dataclass
+class _OutputGraph:
+    """The outputs of one batch with their graph, ready for Gauss-Newton products."""
+
+    linearization: Linearization
+    num_bytes: int
+
+
 class NotTwiceDifferentiableError(RuntimeError):
     """An operator of the module has no second derivative."""
 
@@ -76,7 +88,8 @@ class LossLandscape:
         module: Any ``nn.Module``. Its weights may change between measurements; see :meth:`measurement`.
         batches: The samples, as an iterable of batches. It is read once; an iterable of its own length is best.
         loss_fn: ``loss_fn(module, batch)`` returns the mean loss over the samples of ``batch`` as a scalar
-            tensor, or a dict with the key ``"loss"``. Default: the ``training_step`` of a LightningModule.
+            tensor, or a dict with the key ``"loss"``. Default: the ``training_step`` of a LightningModule. An
+            :class:`OutputLoss` is needed for what looks at the outputs (:meth:`ggnvp`, normalised logits).
         mode: ``"eval"`` (dropout off, running statistics) or ``"train"`` (dropout with fixed masks, batch
             statistics).
         differentiation: How Hessian-vector products are made. ``"exact"``: by differentiating twice.
@@ -87,6 +100,7 @@ class LossLandscape:
         batch_size_fn: ``batch_size_fn(batch)`` returns the number of samples of a batch. Default: the length
             of the first axis of the first tensor in it.
         seed: Seed of the random numbers that the module draws.
+        optimizer: The optimizer that trains the module, or several of them; the geometry ``"optimizer"`` asks for it.
 
     Attributes:
         num_samples: Number of samples N, over all ranks.
@@ -124,6 +138,7 @@ class LossLandscape:
         graph_memory: int = 2**30,
         batch_size_fn: Callable[[Any], int] | None = None,
         seed: int = 0,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
     ) -> None:
         check_options(mode, differentiation)
         self.module = module.module if isinstance(module, DistributedDataParallel) else module
@@ -132,6 +147,7 @@ class LossLandscape:
         self.differentiation: Differentiation = differentiation
         self.graph_memory = graph_memory
         self.seed = seed
+        self.optimizer = optimizer
         self.parameters = _trainable_parameters(self.module)
         self.num_parameters = sum(p.numel() for p in self.parameters)
         self.device = self.parameters[0].device
@@ -150,6 +166,8 @@ class LossLandscape:
             raise ValueError("Expected at least one sample in `batches`, got none. Check the loader or the probe.")
         self._isolation: Isolation | None = None
         self._graphs: list[_Graph | None] | None = None
+        self._output_graphs: list[_OutputGraph | None] | None = None
+        self._gradient: Tensor | None = None
         self._charts: dict[str | Geometry, Chart] = {}
         self._step_factor: float | None = None
         self._is_inspected = self._has_custom_functions = self._has_weight_norm = self._is_verified = False
@@ -160,7 +178,7 @@ class LossLandscape:
     def measurement(self) -> Iterator[LossLandscape]:
         """Hold the module still for several evaluations at the same weights.
 
-        Inside the block the module stays isolated, and the graphs of the gradient are kept between
+        Inside the block the module stays isolated, the gradient is kept, and its graphs are kept between
         Hessian-vector products (as far as ``graph_memory`` goes). Metrics open it themselves; open it around
         several of them to let them share the graphs. The weights must not be trained inside. Blocks nest.
 
@@ -173,10 +191,11 @@ class LossLandscape:
             return
         with isolated(self.module, self.mode, self.device, self.seed) as self._isolation:
             self._graphs = [None] * len(self.batches)
+            self._output_graphs = [None] * len(self.batches)
             try:
                 yield self
             finally:
-                self._isolation = self._graphs = None
+                self._isolation = self._graphs = self._output_graphs = self._gradient = None
                 self._charts.clear()
 
     @contextmanager
@@ -190,8 +209,8 @@ class LossLandscape:
         """
         self._check_vector("displacement", displacement)
         originals = [p.data for p in self.parameters]
-        graphs = self._graphs
-        self._graphs = None
+        here = self._graphs, self._output_graphs, self._gradient, self._charts
+        self._graphs, self._output_graphs, self._gradient, self._charts = None, None, None, {}
         try:
             for p, original, change in zip(self.parameters, originals, self.unflatten(displacement), strict=True):
                 p.data = (original + change).to(original.dtype)
@@ -199,7 +218,7 @@ class LossLandscape:
         finally:
             for p, original in zip(self.parameters, originals, strict=True):
                 p.data = original
-            self._graphs = graphs
+            self._graphs, self._output_graphs, self._gradient, self._charts = here
 
     def chart(self, geometry: str | Geometry) -> Chart:
         """Return the coordinates of ``geometry`` around the current weights.
@@ -212,10 +231,65 @@ class LossLandscape:
         """
         if geometry in self._charts:
             return self._charts[geometry]
-        chart = resolve_geometry(geometry).chart(self.module, self.parameters, self.dtype)
+        bound = resolve_geometry(geometry).for_optimizer(self.optimizer)
+        chart = bound.chart(self.module, self.parameters, self.dtype)
         if self._isolation is not None:
             self._charts[geometry] = chart
         return chart
+
+    def sub_batches(self, num_samples: int) -> list[LossLandscape]:
+        """Return the landscapes of disjoint sub-batches of the samples, to be used inside one :meth:`measurement`.
+
+        With several ranks, sample ``i`` of rank ``r`` counts as sample ``i · world_size + r`` (the way the probe and
+        a ``DistributedSampler`` deal them out), and every sub-batch is evaluated by all ranks together. So the
+        sub-batches do not depend on the number of ranks.
+
+        Args:
+            num_samples: Samples of a sub-batch, over all ranks; the last one may be smaller.
+
+        Returns:
+            A landscape for each, at the same weights, with a ``cost`` of its own.
+
+        Raises:
+            ValueError: If a batch cannot be split.
+            RuntimeError: If called outside of a measurement.
+        """
+        if self._isolation is None:
+            raise RuntimeError("Expected `sub_batches` inside a measurement. Open `with landscape.measurement():`.")
+        world_size, rank = (dist.get_world_size(), dist.get_rank()) if _is_distributed() else (1, 0)
+        num_local = sum(self.batch_sizes)
+        bounds = [max(0, -(-(i - rank) // world_size)) for i in range(0, self.num_samples, num_samples)]
+        stops = [*bounds[1:], max(num_local, bounds[-1])]
+        return [self._restricted(start, stop) for start, stop in zip(bounds, stops, strict=True)]
+
+    def _restricted(self, start: int, stop: int) -> LossLandscape:
+        """Return the landscape of this rank's samples ``start`` to ``stop``, together with those of the others."""
+        batches, sizes, first = [], [], 0
+        for batch, size in zip(self.batches, self.batch_sizes, strict=True):
+            low, high = max(start - first, 0), min(stop - first, size)
+            if low < high:
+                batches.append(slice_samples(batch, size, low, high))
+                sizes.append(high - low)
+            first += size
+        num_samples = self._total(sum(sizes))
+        return self._derived(batches=batches, batch_sizes=sizes, num_samples=num_samples, cost=Cost(), _graphs=None)
+
+    def with_normalized_logits(self) -> LossLandscape:
+        """Return the landscape of the loss on logits divided by their standard deviation over the classes.
+
+        Returns:
+            A landscape at the same weights, with the same ``cost``; use it inside one :meth:`measurement`.
+
+        Raises:
+            TypeError: If the ``loss_fn`` does not tell the outputs from the loss.
+        """
+        loss_fn = normalized_logits(self._output_loss("normalize_logits=True"))
+        return self._derived(loss_fn=loss_fn, _graphs=None if self._graphs is None else [None] * len(self.batches))
+
+    def _derived(self, **changes: Any) -> LossLandscape:
+        derived = copy.copy(self)
+        derived.__dict__.update(_output_graphs=None, _gradient=None, _step_factor=None, **changes)
+        return derived
 
     # ---------------------------------------------------------------------------------------------- quantities
 
@@ -231,17 +305,38 @@ class LossLandscape:
             return self._mean_over_samples(local, 1)[0]
 
     def gradient(self) -> Tensor:
-        """Return the gradient of ``L`` at ``w``, shape (num_parameters,). Costs one gradient."""
-        self.cost.gradient_evaluations += 1
+        """Return the gradient of ``L`` at ``w``, shape (num_parameters,).
+
+        Costs one gradient; nothing where a Hessian-vector product of the same measurement left it behind, or for the
+        second time in one measurement.
+        """
+        if self._gradient is not None:
+            return self._gradient.clone()
 
         def local(index: int) -> Sequence[Tensor | None]:
             kept = None if self._graphs is None else self._graphs[index]
             if kept is not None:
                 return kept.gradient
+            self.cost.gradient_evaluations += self.batch_sizes[index] / max(1, sum(self.batch_sizes))
             return torch.autograd.grad(self._batch_loss(index), self.parameters, allow_unused=True)
 
         with self.measurement():
-            return self._mean_over_samples(local, self.num_parameters)
+            gradient = self._mean_over_samples(local, self.num_parameters)
+            if self._graphs is not None:  # not at displaced weights
+                self._gradient = gradient
+            return gradient.clone()
+
+    def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """Return ``L(w)`` and its gradient, for the price of the gradient and with one all-reduce."""
+        self.cost.gradient_evaluations += 1
+
+        def local(index: int) -> Sequence[Tensor | None]:
+            loss = self._batch_loss(index)
+            return [loss, *torch.autograd.grad(loss, self.parameters, allow_unused=True)]
+
+        with self.measurement():
+            both = self._mean_over_samples(local, 1 + self.num_parameters)
+            return both[0].clone(), both[1:].clone()
 
     def hvp(self, v: Tensor) -> Tensor:
         """Return ``H v``, the product of the Hessian of ``L`` at ``w`` with a vector.
@@ -269,7 +364,131 @@ class LossLandscape:
                     self._fall_back(error)
             return self._finite_difference_hvp(v)
 
+    def ggnvp(self, v: Tensor) -> Tensor:
+        """Return ``Jᵀ B J v``, the product of the Gauss-Newton matrix of ``L`` at ``w`` with a vector.
+
+        ``J`` is the Jacobian of the network's outputs and ``B`` the Hessian of the loss in them. Costs about two
+        gradients while the graph is kept (see :meth:`measurement`), four otherwise.
+
+        Args:
+            v: Flat vector, shape (num_parameters,).
+
+        Returns:
+            Flat vector, shape (num_parameters,).
+
+        Raises:
+            TypeError: If the ``loss_fn`` is not an :class:`OutputLoss`.
+            NotTwiceDifferentiableError: If an operator has no second derivative and
+                ``differentiation="exact"``.
+        """
+        self._check_vector("v", v)
+        output_loss = self._output_loss("the Gauss-Newton matrix, operator='ggn'")
+        pieces = self.unflatten(v)
+        with self.measurement():
+            if self.differentiation != "finite_difference":
+                try:
+                    return self._gauss_newton(lambda index: self._batch_ggnvp(output_loss, index, pieces))
+                except NotTwiceDifferentiableError as error:
+                    self._fall_back(error)
+            return self._gauss_newton(lambda index: self._finite_difference_ggnvp(output_loss, index, v))
+
+    def gradients_of_samples(self, index: int, start: int, stop: int, *, vectorized: bool) -> Tensor:
+        """Return the gradients of the losses of single samples, to be used inside one :meth:`measurement`.
+
+        Args:
+            index: Which of this rank's batches.
+            start: The first sample of the batch to take.
+            stop: The first sample not to take.
+            vectorized: All at once, by ``torch.func.vmap``, which not every module allows; else one by one.
+
+        Returns:
+            Shape (stop - start, num_parameters).
+        """
+        assert self._isolation is not None
+        batch, size = self._fresh_batch(index), self.batch_sizes[index]
+        if vectorized:
+            with self._isolation.forward_pass(index):
+                return gradients_by_vmap(self.module, self.loss_fn, batch, size, start, stop).to(self.dtype)
+        gradients = torch.zeros(stop - start, self.num_parameters, dtype=self.dtype, device=self.device)
+        for i, row in enumerate(gradients, start=start):
+            with self._isolation.forward_pass(index):
+                output = self.loss_fn(self.module, map_tensors(torch.clone, slice_samples(batch, size, i, i + 1)))
+            loss = _check_loss(_loss_in(output))
+            for view, piece in zip(
+                self.unflatten(row), torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True
+            ):
+                if piece is not None:
+                    view.copy_(piece)
+        return gradients
+
     # ------------------------------------------------------------------------------------------------ products
+
+    def _gauss_newton(self, local: Callable[[int], Sequence[Tensor | None]]) -> Tensor:
+        product = self._mean_over_samples(local, self.num_parameters)
+        self.cost.num_products += 1
+        self.cost.gradient_evaluations += 2
+        return product
+
+    def _batch_ggnvp(self, output_loss: OutputLoss, index: int, pieces: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        kept = None if self._output_graphs is None else self._output_graphs[index]
+        graph = kept if kept is not None else self._linearized_batch(output_loss, index)
+        if kept is None and self._output_graphs is not None and self._has_room_for(graph.num_bytes):
+            self._output_graphs[index] = kept = graph
+        try:
+            return graph.linearization.product(pieces, keep=kept is not None)
+        except RuntimeError as error:
+            raise _from_autograd(error) from error
+
+    def _linearized_batch(self, output_loss: OutputLoss, index: int) -> _OutputGraph:
+        assert self._isolation is not None
+        with _counted_bytes() as storages:
+            with self._isolation.forward_pass(index), DifferentiableWeightNorm():
+                linearization = Linearization(output_loss, self.module, self._fresh_batch(index), self.parameters)
+            _check_loss(linearization.loss)
+            try:
+                linearization.pulled_back()
+            except RuntimeError as error:
+                raise _from_autograd(error) from error
+        nodes = (node for f in linearization.outputs for node in _graph_nodes(f))
+        if any(isinstance(node, BackwardCFunction) for node in nodes) and not linearization.is_adjoint():
+            raise _second_derivative_error("a torch.autograd.Function whose backward is not differentiable.")
+        self.cost.gradient_evaluations += self.batch_sizes[index] / max(1, sum(self.batch_sizes))
+        return _OutputGraph(linearization, sum(storages.values()))
+
+    def _finite_difference_ggnvp(self, output_loss: OutputLoss, index: int, v: Tensor) -> Sequence[Tensor | None]:
+        """Take ``J v`` as a central difference of the outputs; ``Jᵀ`` and ``B`` need no second derivative of them."""
+        norm = float(torch.linalg.vector_norm(v))
+        if norm == 0:
+            return [None] * len(self.parameters)
+        weights = math.hypot(*(float(torch.linalg.vector_norm(p.detach())) for p in self.parameters))
+        step = torch.finfo(self.dtype).eps ** (1 / 3) * (1 + weights) / norm
+        self.product_error = max(self.product_error, 10 * torch.finfo(self.dtype).eps ** (2 / 3))
+        sides = []
+        for sign in (1, -1):
+            with self.displaced(sign * step * v), torch.no_grad():
+                assert self._isolation is not None
+                with self._isolation.forward_pass(index):
+                    outputs = output_loss.outputs(self.module, self._fresh_batch(index))
+                sides.append([t.clone() for t in tensors_in(outputs)])
+        assert self._isolation is not None
+        with self._isolation.forward_pass(index):
+            linearization = Linearization(output_loss, self.module, self._fresh_batch(index), self.parameters)
+        jv = [(f - b) / (2 * step) for f, b, used in zip(*sides, linearization.is_used, strict=True) if used]
+        return linearization.product_from(jv, keep=False)
+
+    def _output_loss(self, purpose: str) -> OutputLoss:
+        if isinstance(self.loss_fn, OutputLoss):
+            return self.loss_fn
+        raise TypeError(
+            f"Expected an OutputLoss as `loss_fn` for {purpose}, which has to know the outputs of the network, got "
+            f"{'a training_step' if hasattr(self.module, 'training_step') else type(self.loss_fn).__name__}. Pass "
+            "loss_fn=OutputLoss(torch.nn.functional.cross_entropy), with outputs=lambda module, batch: ... and "
+            "targets=lambda batch: ... where batches are not (inputs, targets)."
+        )
+
+    def _has_room_for(self, num_bytes: int) -> bool:
+        kept: list[_Graph | _OutputGraph | None] = [*(self._graphs or ()), *(self._output_graphs or ())]
+        return sum(graph.num_bytes for graph in kept if graph is not None) + num_bytes <= self.graph_memory
 
     def _exact_hvp(self, v: Tensor) -> Tensor:
         pieces = self.unflatten(v)
@@ -281,10 +500,8 @@ class LossLandscape:
     def _batch_hvp(self, index: int, pieces: Sequence[Tensor]) -> Sequence[Tensor | None]:
         kept = None if self._graphs is None else self._graphs[index]
         graph = kept if kept is not None else self._differentiated_batch(index)
-        if kept is None and self._graphs is not None:
-            spent = sum(g.num_bytes for g in self._graphs if g is not None)
-            if spent + graph.num_bytes <= self.graph_memory:
-                self._graphs[index] = kept = graph
+        if kept is None and self._graphs is not None and self._has_room_for(graph.num_bytes):
+            self._graphs[index] = kept = graph
         active = [(g, v) for g, v in zip(graph.gradient, pieces, strict=True) if g is not None and g.requires_grad]
         if not active:  # the loss is linear in the weights
             return [None] * len(pieces)
@@ -297,15 +514,7 @@ class LossLandscape:
             raise _from_autograd(error) from error
 
     def _differentiated_batch(self, index: int) -> _Graph:
-        storages: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            if tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with saved_tensors_hooks(note, lambda tensor: tensor):
+        with _counted_bytes() as storages:
             loss = self._batch_loss(index)
             if not self._is_inspected and self._must_rewrite(loss):
                 loss = self._batch_loss(index)
@@ -394,10 +603,10 @@ class LossLandscape:
     def _batch_loss(self, index: int) -> Tensor:
         assert self._isolation is not None
         rewriting = DifferentiableWeightNorm() if self._has_weight_norm else nullcontext()
-        batch = map_tensors(torch.clone, self.batches[index])  # user code may write into its batch, or pop from it
+        batch = self._fresh_batch(index)
         with self._isolation.forward_pass(index), rewriting:
             output = self.loss_fn(self.module, batch)
-        loss = _check_loss(output["loss"] if isinstance(output, Mapping) and "loss" in output else output)
+        loss = _check_loss(_loss_in(output))
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise RuntimeError(
                 "Expected a loss that depends on the trainable parameters, got one that does not. Check for `detach`, "
@@ -405,20 +614,44 @@ class LossLandscape:
             )
         return loss
 
+    def _fresh_batch(self, index: int) -> Any:
+        """Return a copy of a batch: user code may write into its batch, or pop from it."""
+        return map_tensors(torch.clone, self.batches[index])
+
     def _mean_over_samples(self, local: Callable[[int], Sequence[Tensor | None]], size: int) -> Tensor:
         """Return ``sum_b n_b f_b / N`` over the batches of all ranks, with one all-reduce.
 
-        Three more entries tell the other ranks what all of them have to react to: a failure, an operator without a
-        second derivative, a custom function. Without them one rank would leave the others waiting.
+        ``local`` returns the scalars of a batch, then a piece per parameter if ``size`` has room for them.
         """
-        total = torch.zeros(size + 3, dtype=self.dtype, device=self.device)
-        views = self.unflatten(total[:size]) if size == self.num_parameters else [total[:size]]
-        failure: Exception | None = None
-        try:
+        num_scalars = size - self.num_parameters if size >= self.num_parameters else size
+
+        def add(total: Tensor) -> None:
+            views = list(total[:num_scalars])
+            views += self.unflatten(total[num_scalars:]) if size > num_scalars else []
             for index, num_samples in enumerate(self.batch_sizes):
                 for view, piece in zip(views, local(index), strict=True):
                     if piece is not None:
                         view.add_(piece.detach(), alpha=num_samples / self.num_samples)
+
+        return self.sum_over_ranks(add, size)
+
+    def sum_over_ranks(self, add: Callable[[Tensor], None], size: int) -> Tensor:
+        """Return the sum over all ranks of what each adds to a vector of zeros, with one all-reduce.
+
+        Three more entries tell the other ranks what all of them have to react to: a failure, an operator without a
+        second derivative, a custom function. Without them one rank would leave the others waiting.
+
+        Args:
+            add: Adds this rank's part to a vector of shape (size,), in place; what it raises, all ranks raise.
+            size: Length of the vector.
+
+        Returns:
+            The sum, shape (size,), the same on all ranks.
+        """
+        total = torch.zeros(size + 3, dtype=self.dtype, device=self.device)
+        failure: Exception | None = None
+        try:
+            add(total[:size])
         except Exception as error:
             failure = error
             total[size + int(isinstance(error, NotTwiceDifferentiableError))] = 1
@@ -461,6 +694,21 @@ class LossLandscape:
                 f"Expected `{name}` to be a flat vector of shape ({self.num_parameters},), one entry per trainable "
                 f"parameter, got shape {tuple(vector.shape)}."
             )
+
+
+@contextmanager
+def _counted_bytes() -> Iterator[dict[int, int]]:
+    """Yield the bytes of the storages that graphs made inside the block keep, by address."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        yield storages
 
 
 def check_options(mode: str, differentiation: str) -> None:
@@ -510,6 +758,10 @@ _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative for .* is not implemented|differentiate twice|once_differentiable|double.?backward",
     re.IGNORECASE,
 )
+
+
+def _loss_in(output: Any) -> Any:
+    return output["loss"] if isinstance(output, Mapping) and "loss" in output else output
 
 
 def _graph_nodes(loss: Tensor) -> set[Any]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 from modules import Augmented, Classifier, loader, trainer
 from problems import PROBLEMS, make_problem
+from registry import METRICS, make_landscape
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -86,6 +87,20 @@ def once(out: Path) -> None:
     dist.destroy_process_group()
 
 
+def metrics(out: Path) -> None:
+    """All metrics, each sample on the rank that the probe puts it on."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    values = {}
+    for name, make in METRICS.items():
+        metric = make()
+        metric.update(make_landscape(rank, size))
+        values[name] = metric.compute().flatten().tolist(), metric.error.flatten().tolist()
+    (out / f"rank{rank}.json").write_text(json.dumps(values))
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     command, out, *numbers = sys.argv[1:]
-    {"monitor": monitor, "fail": fail, "landscape": landscape, "once": once}[command](Path(out), *map(int, numbers))
+    commands = {"monitor": monitor, "fail": fail, "landscape": landscape, "once": once, "metrics": metrics}
+    commands[command](Path(out), *map(int, numbers))

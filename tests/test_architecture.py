@@ -8,7 +8,20 @@ from pathlib import Path
 import lightning_flatness
 
 PACKAGE = Path(lightning_flatness.__file__).parent
-ORDER = ["callbacks", "metrics", "estimators", "probe", "sam", "landscape", "geometry", "isolation", "batches"]
+ORDER = [
+    "callbacks",
+    "metrics",
+    "estimators",
+    "probe",
+    "sam",
+    "stability",
+    "landscape",
+    "gauss_newton",
+    "per_sample",
+    "geometry",
+    "isolation",
+    "batches",
+]
 """From top to bottom: each may import what stands below it."""
 
 

@@ -26,6 +26,7 @@ KEYS = {
     "flatness/lambda_max_residual",
     "flatness/invariant_sharpness",
     "flatness/invariant_sharpness_residual",
+    "flatness/stability_edge",
     "flatness/edge_of_stability",
     "flatness/gradient_evaluations",
     "flatness/seconds",

@@ -43,7 +43,7 @@ def points(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 def assert_steps(path: Path, steps: list[int]) -> None:
     flatness = {tag: values for tag, values in points(path).items() if tag.startswith("flatness/")}
-    assert len(flatness) == 7
+    assert len(flatness) == 8
     for tag, values in flatness.items():
         assert [step for step, _ in values] == steps, tag
 

@@ -7,6 +7,7 @@ themselves, at ``trainer.global_step``, the number of optimizer steps behind the
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Literal
 
@@ -16,11 +17,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_flatness.batches import map_tensors
-from lightning_flatness.geometry import Euclidean
+from lightning_flatness.callbacks.pictures import custom_scalars_layout, log_figure, log_layout
+from lightning_flatness.estimators import UndefinedMeasureError
+from lightning_flatness.geometry import Euclidean, MissingOptimizerStateError, OptimizerGeometry
 from lightning_flatness.isolation import Mode, isolated
 from lightning_flatness.landscape import Differentiation, LossFunction, LossLandscape, check_options
-from lightning_flatness.metrics import FlatnessMetric, InvariantSharpness, TopEigenvalues
+from lightning_flatness.metrics import FlatnessMetric, Preset, SpectralDensity, TopEigenvalues, preset_metrics
 from lightning_flatness.probe import SeenBatches, can_index, draw_probe
+from lightning_flatness.stability import is_preconditioned, stability_edge
 
 _UNSUPPORTED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
 _FIRST_MESSAGE_AFTER = 10.0
@@ -39,18 +43,29 @@ class FlatnessMonitor(Callback):
       (arXiv 1902.02434), which rescaling the layers does not change.
     - ``flatness/lambda_max_residual``, ``flatness/invariant_sharpness_residual``: the error of each value, in
       its units.
-    - ``flatness/edge_of_stability``: ``eta · lambda_max / 2`` with the largest current learning rate; plain gradient
-      descent is unstable above 1 (arXiv 2103.00065).
+    - ``flatness/stability_edge``: the lambda_max above which full-batch steps of the optimizer diverge, at the current
+      learning rates: ``2 / eta`` for plain gradient descent; see :func:`stability_edge`.
+    - ``flatness/edge_of_stability``: lambda_max over that edge, ``eta · lambda_max / 2`` for plain gradient descent:
+      unstable above 1 (arXiv 2103.00065). For Adam, AdamW, RMSprop and Adagrad lambda_max is the preconditioned
+      sharpness (arXiv 2207.14484), which the default metrics then have, too, as
+      ``flatness/preconditioned_sharpness``, from the first optimizer step on. Neither key is logged for optimizers
+      whose edge is not known.
     - ``flatness/seconds``, ``flatness/gradient_evaluations``: what the measurement cost; the latter in gradients of the
       loss on the whole probe.
+
+    Other metrics log their values under their names, with ``_residual`` or ``_standard_error`` behind it. TensorBoard
+    gets a picture ``flatness/spectral_density`` of every :class:`SpectralDensity`, whose curves are
+    ``flatness/spectral_density_negative_share``, ``…_mean`` and ``…_mean_square``, and on its page "Custom Scalars" the
+    eigenvalues in one chart and lambda_max with its stability edge in another.
 
     With the monitor, training gives the same weights, optimizer state, buffers, random numbers and logged values,
     bit for bit, as without it.
 
     Args:
         metrics: What to measure, by name: ``{"sharpest": TopEigenvalues(k=3)}`` logs ``flatness/sharpest``,
-            ``flatness/sharpest_2``, ``flatness/sharpest_3`` and their residuals. Default: lambda_max and
-            invariant sharpness.
+            ``flatness/sharpest_2``, ``flatness/sharpest_3`` and their residuals. Or a named set, see
+            :func:`preset_metrics` for what each costs: ``"default"`` (lambda_max and invariant sharpness) or ``"all"``,
+            which leaves out, with a warning, what is not defined for the module.
         top_k: How many eigenvalues the default metrics log.
         every_n_epochs: Measure at the end of every n-th training epoch; None for never.
         every_n_steps: Measure after every n-th optimizer step, too; None for never.
@@ -77,7 +92,7 @@ class FlatnessMonitor(Callback):
 
     def __init__(
         self,
-        metrics: dict[str, FlatnessMetric] | None = None,
+        metrics: dict[str, FlatnessMetric] | Preset | None = None,
         top_k: int = 1,
         every_n_epochs: int | None = 1,
         every_n_steps: int | None = None,
@@ -100,13 +115,12 @@ class FlatnessMonitor(Callback):
         if split not in ("train", "val"):
             raise ValueError(f"Expected `split` to be 'train' or 'val', got {split!r}.")
         check_options(mode, differentiation)
-        if metrics is None:
-            metrics = {
-                "lambda_max": TopEigenvalues(k=top_k, tol=tol, seed=seed),
-                "invariant_sharpness": InvariantSharpness(tol=tol, seed=seed),
-            }
+        self.preset: Preset | None = "default" if metrics is None else metrics if isinstance(metrics, str) else None
+        if isinstance(metrics, str) or metrics is None:
+            metrics = preset_metrics(self.preset or "default", top_k=top_k, tol=tol, seed=seed)
         _check_metrics(metrics)
         self.metrics = metrics
+        self.tol = tol
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.probe_size = probe_size
@@ -154,6 +168,11 @@ class FlatnessMonitor(Callback):
         if trainer.barebones:
             return
         self._draw_probe(trainer)
+        has_edge = not math.isnan(stability_edge(trainer.optimizers))
+        if self.preset is not None and has_edge and is_preconditioned(trainer.optimizers):
+            sharpness = TopEigenvalues(geometry="optimizer", tol=self.tol, seed=self.seed)
+            self.metrics.setdefault("preconditioned_sharpness", sharpness)
+        log_layout(trainer, custom_scalars_layout(self._charts(trainer), self.log_key_prefix.rstrip("/") or "flatness"))
         if trainer.global_step > 0:
             self._last_step = trainer.global_step  # a resumed run: these weights have been measured before
         elif self._probe is not None:
@@ -190,6 +209,9 @@ class FlatnessMonitor(Callback):
     def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
         values = self._measure(trainer, pl_module)
         self._last_step = trainer.global_step
+        for name, metric in self.metrics.items():
+            if isinstance(metric, SpectralDensity):
+                log_figure(trainer, f"{self.log_key_prefix}{name}", metric.figure())
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         for key, value in values.items():
@@ -205,11 +227,12 @@ class FlatnessMonitor(Callback):
             landscape.on_evaluation = _Progress(trainer, landscape)
             with landscape.measurement():
                 for name, metric in self.metrics.items():
-                    metric.to(landscape.device).update(landscape)
-                    values |= self._named_values(name, metric)
+                    if self._is_measured(name, metric.to(landscape.device), landscape):
+                        values |= self._named_values(name, metric)
         self.differentiation = landscape.differentiation  # what "auto" came down to, so that it warns once
-        if (lambda_max := self._lambda_max(values)) is not None:
-            values["edge_of_stability"] = _largest_learning_rate(trainer) * lambda_max / 2
+        sharpness, edge = self._sharpness_at_the_edge(trainer), stability_edge(trainer.optimizers)
+        if sharpness in values and not math.isnan(edge):
+            values |= {"stability_edge": edge, "edge_of_stability": values[sharpness] / edge}
         values["gradient_evaluations"] = landscape.cost.gradient_evaluations
         values["seconds"] = time.perf_counter() - start
         return {f"{self.log_key_prefix}{name}": value for name, value in values.items()}
@@ -226,29 +249,61 @@ class FlatnessMonitor(Callback):
             mode=self.mode,
             differentiation=self.differentiation,
             seed=self.seed,
+            optimizer=trainer.optimizers,
         )
+
+    def _is_measured(self, name: str, metric: FlatnessMetric, landscape: LossLandscape) -> bool:
+        """Measure, unless there is nothing to measure: yet, or for this module in a named set of metrics."""
+        try:
+            metric.update(landscape)
+        except MissingOptimizerStateError:
+            return False
+        except UndefinedMeasureError as error:
+            if self.preset is None:
+                raise
+            if name not in self._warned:
+                self._warned.add(name)
+                rank_zero_warn(f"FlatnessMonitor: '{self.log_key_prefix}{name}' is left out. {error}")
+            return False
+        return True
 
     def _named_values(self, name: str, metric: FlatnessMetric) -> dict[str, float]:
         named: dict[str, float] = {}
-        value, error = metric.compute().flatten().tolist(), metric.error.flatten().tolist()
-        for i, (v, e) in enumerate(zip(value, error, strict=True), start=1):
-            key = name if i == 1 else f"{name.removesuffix('_max')}_{i}"
-            named |= {key: v, f"{key}_residual": e}
+        for suffix, value, error in metric.scalars():
+            key = f"{name.removesuffix('_max')}{suffix}" if suffix else name
+            named |= {key: value, f"{key}_{metric.error_name}": error}
         if not metric.converged and name not in self._warned:
             self._warned.add(name)
+            num_products, cost = int(metric.num_products), float(metric.gradient_evaluations)
+            spent = f"{num_products} Hessian-vector products" if num_products else f"{cost:.0f} gradient evaluations"
+            reached = ", ".join(f"{key} {value:.2g}" for key, value in named.items())
             rank_zero_warn(
-                f"FlatnessMonitor: '{self.log_key_prefix}{name}' did not converge within "
-                f"{int(metric.num_products)} Hessian-vector products: {value[0]:.4g} with a residual of "
-                f"{error[0]:.2g}. The curves of the residuals show by how much. HINT: pass metrics with a larger "
-                "`max_products` or `tol`."
+                f"FlatnessMonitor: '{self.log_key_prefix}{name}' did not converge within {spent}: "
+                f"{reached}. Its curves show by how much. HINT: raise its `{metric.effort}` or `tol`."
             )
         return named
 
-    def _lambda_max(self, values: dict[str, float]) -> float | None:
+    def _sharpness_at_the_edge(self, trainer: Trainer) -> str:
+        """Return the name of the metric whose lambda_max is to be held against the edge; empty if there is none."""
+        geometry = OptimizerGeometry if is_preconditioned(trainer.optimizers) else Euclidean
         for name, metric in self.metrics.items():
-            if isinstance(metric, TopEigenvalues) and isinstance(metric.geometry, Euclidean) and metric.which == "LA":
-                return values[name]
-        return None
+            if not isinstance(metric, TopEigenvalues) or (metric.which, metric.operator) != ("LA", "hessian"):
+                continue
+            if isinstance(metric.geometry, geometry):
+                return name
+        return ""
+
+    def _charts(self, trainer: Trainer) -> dict[str, list[str]]:
+        """Return what belongs into one chart: the eigenvalues of a metric, and lambda_max with its edge."""
+        charts: dict[str, list[str]] = {}
+        for name, metric in self.metrics.items():
+            if isinstance(metric, TopEigenvalues) and metric.k > 1:
+                keys = [name, *(f"{name.removesuffix('_max')}_{i}" for i in range(2, metric.k + 1))]
+                charts[f"{keys[0]} … {keys[-1]}"] = [self.log_key_prefix + key for key in keys]
+        sharpness = self._sharpness_at_the_edge(trainer)
+        if sharpness and not math.isnan(stability_edge(trainer.optimizers)):
+            charts["edge of stability"] = [self.log_key_prefix + key for key in (sharpness, "stability_edge")]
+        return charts
 
     # -------------------------------------------------------------------------------------------------- probe
 
@@ -304,10 +359,6 @@ def _first_loader(loaders: Any) -> Any:
     if isinstance(loaders, list | tuple):
         return loaders[0] if loaders else None
     return loaders
-
-
-def _largest_learning_rate(trainer: Trainer) -> float:
-    return max((float(g["lr"]) for o in trainer.optimizers for g in o.param_groups if "lr" in g), default=float("nan"))
 
 
 class _Progress:

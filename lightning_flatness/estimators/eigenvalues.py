@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lightning_flatness.estimators.lanczos import EigenResult, Which, lanczos
+from lightning_flatness.estimators.operators import Operator, curvature_product
 from lightning_flatness.geometry import Geometry
 from lightning_flatness.landscape import LossLandscape
 
@@ -15,6 +16,7 @@ def top_eigenvalues(
     landscape: LossLandscape,
     geometry: str | Geometry = "euclidean",
     *,
+    operator: Operator = "hessian",
     k: int = 1,
     which: Which = "LA",
     tol: float = 1e-3,
@@ -23,7 +25,7 @@ def top_eigenvalues(
     start: Tensor | None = None,
     seed: int = 0,
 ) -> EigenResult:
-    """Return the extreme eigenpairs of the Hessian of ``z -> L(w(z))`` at the current weights.
+    """Return the extreme eigenpairs of the Hessian (or Gauss-Newton matrix) of ``z -> L(w(z))`` at the current weights.
 
     Costs one gradient and two per Hessian-vector product; memory for the basis, ``max_basis`` times the weights at
     most. Deterministic given ``seed``.
@@ -31,6 +33,7 @@ def top_eigenvalues(
     Args:
         landscape: The loss.
         geometry: The coordinates ``z``; see :mod:`lightning_flatness.geometry`.
+        operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix, which needs an ``OutputLoss``.
         k: Number of pairs.
         which: ``"LA"``: largest; ``"SA"``: most negative; ``"LM"``: of largest modulus.
         tol: Relative Ritz residual ``‖H y - theta y‖ / |theta|`` at which to stop.
@@ -48,7 +51,7 @@ def top_eigenvalues(
     with landscape.measurement():
         chart = landscape.chart(geometry)
         result = lanczos(
-            lambda v: chart.hvp(landscape.hvp, v),
+            curvature_product(landscape, chart, operator),
             chart.num_coordinates,
             k=k,
             which=which,

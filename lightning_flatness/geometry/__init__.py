@@ -2,6 +2,11 @@
 
 from lightning_flatness.geometry.base import Chart, Geometry, LinearChart, LinearGeometry
 from lightning_flatness.geometry.linear import Element, Euclidean, Filter, Layer
+from lightning_flatness.geometry.optimizer import (
+    MissingOptimizerStateError,
+    OptimizerGeometry,
+    unwrapped_optimizers,
+)
 from lightning_flatness.geometry.registry import GEOMETRIES, resolve_geometry
 
 __all__ = [
@@ -14,5 +19,8 @@ __all__ = [
     "Layer",
     "LinearChart",
     "LinearGeometry",
+    "MissingOptimizerStateError",
+    "OptimizerGeometry",
     "resolve_geometry",
+    "unwrapped_optimizers",
 ]

@@ -1,6 +1,26 @@
 """Flatness measures as torchmetrics: ``update(landscape)`` measures, ``compute()`` returns tensors."""
 
 from lightning_flatness.metrics.base import FlatnessMetric
+from lightning_flatness.metrics.density import SpectralDensity
 from lightning_flatness.metrics.eigenvalues import InvariantSharpness, TopEigenvalues
+from lightning_flatness.metrics.gradient_noise import GradientNoise, NoiseCurvatureRatio
+from lightning_flatness.metrics.layerwise import MinimumSharpness, RelativeFlatness
+from lightning_flatness.metrics.presets import Preset, preset_metrics
+from lightning_flatness.metrics.sharpness import AverageCaseSharpness, WorstCaseSharpness
+from lightning_flatness.metrics.trace import HessianTrace
 
-__all__ = ["FlatnessMetric", "InvariantSharpness", "TopEigenvalues"]
+__all__ = [
+    "AverageCaseSharpness",
+    "FlatnessMetric",
+    "GradientNoise",
+    "HessianTrace",
+    "InvariantSharpness",
+    "MinimumSharpness",
+    "NoiseCurvatureRatio",
+    "Preset",
+    "RelativeFlatness",
+    "SpectralDensity",
+    "TopEigenvalues",
+    "WorstCaseSharpness",
+    "preset_metrics",
+]

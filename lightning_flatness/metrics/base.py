@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from lightning_flatness.landscape import LossLandscape
 
 
-def _latest(states: Tensor) -> Tensor:
+def latest(states: Tensor) -> Tensor:
     """Reduce the states of two measurements to the later one."""
     return states[-1]
 
@@ -32,23 +32,30 @@ class FlatnessMetric(Metric):
         error: The error of the value, of the same shape and in the same units: a residual or a standard error.
         converged: Whether the estimator reached its tolerance.
         num_products: Hessian-vector products of the latest measurement.
+        gradient_evaluations: What the latest measurement cost, in gradients of the loss on all samples.
+        error_name: ``"residual"`` or ``"standard_error"``: what kind of error it is, as it is called in logs.
+        effort: The argument to raise where the metric does not converge.
     """
 
     full_state_update = False
     higher_is_better = False
     is_differentiable = False
+    error_name: ClassVar[str] = "residual"
+    effort: ClassVar[str] = "max_products"
 
     value: Tensor
     error: Tensor
     converged: Tensor
     num_products: Tensor
+    gradient_evaluations: Tensor
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         super().__init__(sync_on_compute=False)
-        self.add_state("value", torch.full(shape, torch.nan), dist_reduce_fx=_latest)
-        self.add_state("error", torch.full(shape, torch.nan), dist_reduce_fx=_latest)
-        self.add_state("converged", torch.tensor(False), dist_reduce_fx=_latest)
-        self.add_state("num_products", torch.tensor(0), dist_reduce_fx=_latest)
+        self.add_state("value", torch.full(shape, torch.nan), dist_reduce_fx=latest)
+        self.add_state("error", torch.full(shape, torch.nan), dist_reduce_fx=latest)
+        self.add_state("converged", torch.tensor(False), dist_reduce_fx=latest)
+        self.add_state("num_products", torch.tensor(0), dist_reduce_fx=latest)
+        self.add_state("gradient_evaluations", torch.tensor(0.0), dist_reduce_fx=latest)
 
     @abstractmethod
     def measure(self, landscape: LossLandscape) -> None:
@@ -68,8 +75,11 @@ class FlatnessMetric(Metric):
                 f"Expected a LossLandscape, got {type(landscape).__name__}. "
                 "Pass LossLandscape(module, batches, loss_fn)."
             )
+        spent = landscape.cost.gradient_evaluations
         with landscape.measurement():
             self.measure(landscape)
+        spent = landscape.cost.gradient_evaluations - spent
+        self.gradient_evaluations = torch.tensor(spent, dtype=torch.float32, device=self.device)
 
     def compute(self) -> Tensor:
         """Return the value of the latest measurement."""
@@ -88,6 +98,11 @@ class FlatnessMetric(Metric):
         self.converged = torch.tensor(converged, device=self.device)
         self.num_products = torch.tensor(num_products, device=self.device)
 
+    def scalars(self) -> list[tuple[str, float, float]]:
+        """Return what is worth a curve: pairs of value and error, each with what to put behind the metric's name."""
+        pairs = zip(self.value.flatten().tolist(), self.error.flatten().tolist(), strict=True)
+        return [("" if i == 1 else f"_{i}", value, error) for i, (value, error) in enumerate(pairs, start=1)]
+
     def distinguish(self, *settings: Any) -> None:
         """Tell metrics of other settings apart, although their values may happen to agree.
 
@@ -98,7 +113,7 @@ class FlatnessMetric(Metric):
             settings: What the value depends on beside the landscape.
         """
         digest = hashlib.sha256(repr((type(self).__name__, *settings)).encode()).digest()
-        self.add_state("settings", torch.tensor(list(digest)), dist_reduce_fx=_latest)
+        self.add_state("settings", torch.tensor(list(digest)), dist_reduce_fx=latest)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw one value or a sequence of values.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_flatness.estimators import EigenResult, Which, top_eigenvalues
+from lightning_flatness.estimators import EigenResult, Operator, Which, top_eigenvalues
+from lightning_flatness.estimators.operators import check_operator
 from lightning_flatness.geometry import Geometry, resolve_geometry
 from lightning_flatness.landscape import LossLandscape
 from lightning_flatness.metrics.base import FlatnessMetric
@@ -30,6 +31,7 @@ class TopEigenvalues(FlatnessMetric):
         max_products: Hessian-vector products to stop at in any case; ``converged`` is then False.
         max_basis: Vectors of the size of the weights to keep at most.
         seed: Seed of the random start.
+        operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix, which needs an :class:`OutputLoss`.
 
     Raises:
         ValueError: If an argument is out of range. ``k`` is checked against the number of parameters in ``update``.
@@ -55,7 +57,9 @@ class TopEigenvalues(FlatnessMetric):
         max_products: int = 300,
         max_basis: int | None = None,
         seed: int = 0,
+        operator: Operator = "hessian",
     ) -> None:
+        check_operator(operator)
         if not isinstance(k, int) or k < 1:
             raise ValueError(f"Expected `k` to be an integer >= 1, got {k!r}.")
         if which not in ("LA", "SA", "LM"):
@@ -70,7 +74,8 @@ class TopEigenvalues(FlatnessMetric):
         self.max_products = max_products
         self.max_basis = max_basis
         self.seed = seed
-        self.distinguish(k, self.geometry, which, tol, max_products, max_basis, seed)
+        self.operator: Operator = operator
+        self.distinguish(k, self.geometry, which, tol, max_products, max_basis, seed, operator)
         self._previous: Tensor | None = None
 
     def reset(self) -> None:
@@ -87,6 +92,7 @@ class TopEigenvalues(FlatnessMetric):
         result = top_eigenvalues(
             landscape,
             self.geometry,
+            operator=self.operator,
             k=self.k,
             which=self.which,
             tol=self.tol,

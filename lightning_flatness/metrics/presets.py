@@ -1,0 +1,82 @@
+"""Named sets of metrics, for ``FlatnessMonitor(metrics="default")`` and ``FlatnessMonitor(metrics="all")``."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from lightning_flatness.metrics.base import FlatnessMetric
+from lightning_flatness.metrics.density import SpectralDensity
+from lightning_flatness.metrics.eigenvalues import InvariantSharpness, TopEigenvalues
+from lightning_flatness.metrics.gradient_noise import GradientNoise, NoiseCurvatureRatio
+from lightning_flatness.metrics.layerwise import MinimumSharpness, RelativeFlatness
+from lightning_flatness.metrics.sharpness import AverageCaseSharpness, WorstCaseSharpness
+from lightning_flatness.metrics.trace import HessianTrace
+
+Preset = Literal["default", "all"]
+
+
+def preset_metrics(
+    preset: Preset = "default", *, top_k: int = 1, tol: float = 1e-2, seed: int = 0
+) -> dict[str, FlatnessMetric]:
+    """Return the metrics of a named set, by the names under which the monitor logs them.
+
+    Cost of one measurement in gradients of the loss on all samples, measured on the convolutional network of
+    ``examples/digits.py`` (13,706 weights, 512 samples) before training, after one epoch and after five, each alone
+    (in one measurement together they share the gradient):
+
+    ============================ =========== =====================================================
+    name                         gradients   metric
+    ============================ =========== =====================================================
+    lambda_max                   39, 17, 11  ``TopEigenvalues(k=top_k)``
+    invariant_sharpness          29, 17, 11  ``InvariantSharpness()``
+    lambda_min                   31, 37, 37  ``TopEigenvalues(which="SA")``
+    hessian_trace                97          ``HessianTrace()``
+    spectral_density             601         ``SpectralDensity()``
+    worst_case_sharpness         72, 49, 29  ``WorstCaseSharpness(rho=0.05)``
+    adaptive_sharpness           55, 41, 31  ``WorstCaseSharpness(rho=0.5, geometry="element")``
+    average_case_sharpness       34          ``AverageCaseSharpness(rho=0.05)``
+    relative_flatness            97          ``RelativeFlatness()``, of the last linear layer
+    minimum_sharpness            194         ``MinimumSharpness()``
+    gradient_noise               2           ``GradientNoise()``
+    noise_curvature_ratio        99          ``NoiseCurvatureRatio()``
+    ============================ =========== =====================================================
+
+    ``"default"`` has the first two, ``"all"`` all of them, about 1,300 gradients: a set for a checkpoint or every n-th
+    epoch. The eigenvalues need fewer where an earlier measurement provides the start.
+
+    Args:
+        preset: ``"default"`` or ``"all"``.
+        top_k: How many eigenvalues ``lambda_max`` has.
+        tol: Relative Ritz residual at which the eigenvalues stop.
+        seed: Seed of all metrics.
+
+    Returns:
+        New metrics by name.
+
+    Raises:
+        ValueError: If there is no set of that name.
+
+    Example:
+        >>> list(preset_metrics())
+        ['lambda_max', 'invariant_sharpness']
+    """
+    if preset not in get_args(Preset):
+        raise ValueError(f"Expected `metrics` to be 'default', 'all' or a dict of names and metrics, got {preset!r}.")
+    metrics: dict[str, FlatnessMetric] = {
+        "lambda_max": TopEigenvalues(k=top_k, tol=tol, seed=seed),
+        "invariant_sharpness": InvariantSharpness(tol=tol, seed=seed),
+    }
+    if preset == "all":
+        metrics |= {
+            "lambda_min": TopEigenvalues(which="SA", tol=tol, seed=seed),
+            "hessian_trace": HessianTrace(seed=seed),
+            "spectral_density": SpectralDensity(seed=seed),
+            "worst_case_sharpness": WorstCaseSharpness(rho=0.05, seed=seed),
+            "adaptive_sharpness": WorstCaseSharpness(rho=0.5, geometry="element", seed=seed),
+            "average_case_sharpness": AverageCaseSharpness(rho=0.05, seed=seed),
+            "relative_flatness": RelativeFlatness(seed=seed),
+            "minimum_sharpness": MinimumSharpness(seed=seed),
+            "gradient_noise": GradientNoise(),
+            "noise_curvature_ratio": NoiseCurvatureRatio(seed=seed),
+        }
+    return metrics
