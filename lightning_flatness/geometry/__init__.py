@@ -2,6 +2,7 @@
 
 from lightning_flatness.geometry.base import Chart, Geometry, LinearChart, LinearGeometry
 from lightning_flatness.geometry.linear import Element, Euclidean, Filter, Layer
+from lightning_flatness.geometry.path import PathChart, PathGeometry
 from lightning_flatness.geometry.registry import GEOMETRIES, resolve_geometry
 
 __all__ = [
@@ -14,5 +15,7 @@ __all__ = [
     "Layer",
     "LinearChart",
     "LinearGeometry",
+    "PathChart",
+    "PathGeometry",
     "resolve_geometry",
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from lightning_flatness.geometry.base import Geometry
 from lightning_flatness.geometry.linear import Element, Euclidean, Filter, Layer
+from lightning_flatness.geometry.path import PathGeometry
 
-GEOMETRIES: dict[str, type[Geometry]] = {g.name: g for g in (Euclidean, Layer, Filter, Element)}
+GEOMETRIES: dict[str, type[Geometry]] = {g.name: g for g in (Euclidean, Layer, Filter, Element, PathGeometry)}
 """The geometries that have a name. A ``Geometry`` object can be passed wherever a name can."""
 
 
@@ -13,7 +14,7 @@ def resolve_geometry(geometry: str | Geometry) -> Geometry:
     """Return the geometry that a name stands for; a ``Geometry`` object is returned as it is.
 
     Args:
-        geometry: ``"euclidean"``, ``"layer"``, ``"filter"`` or ``"element"``, or a ``Geometry``.
+        geometry: ``"euclidean"``, ``"layer"``, ``"filter"``, ``"element"`` or ``"path"``, or a ``Geometry``.
 
     Returns:
         The geometry.
