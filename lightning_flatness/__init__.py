@@ -1,7 +1,8 @@
 """Loss-landscape flatness for PyTorch Lightning: what it is, how it moves, and training that seeks it."""
 
+from lightning_flatness.callbacks import FlatnessMonitor
 from lightning_flatness.landscape import LossLandscape
 from lightning_flatness.metrics import InvariantSharpness, TopEigenvalues
 
 __version__ = "0.1.0"
-__all__ = ["InvariantSharpness", "LossLandscape", "TopEigenvalues"]
+__all__ = ["FlatnessMonitor", "InvariantSharpness", "LossLandscape", "TopEigenvalues"]
