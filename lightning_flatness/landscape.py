@@ -220,13 +220,24 @@ class LossLandscape:
 
     # ---------------------------------------------------------------------------------------------- quantities
 
-    def loss(self) -> Tensor:
-        """Return ``L(w)``, a scalar. Costs one forward pass over the samples."""
+    def loss(self, *, allow_non_finite: bool = False) -> Tensor:
+        """Return ``L(w)``, a scalar. Costs one forward pass over the samples.
+
+        Args:
+            allow_non_finite: Return a loss that is infinite or not a number (far from the weights of a network the
+                loss overflows) instead of raising.
+
+        Returns:
+            The mean over the samples.
+
+        Raises:
+            ValueError: If the loss is not finite, unless that is allowed.
+        """
         self.cost.gradient_evaluations += 1 / 3
 
         def local(index: int) -> list[Tensor]:
             with torch.no_grad():
-                return [self._batch_loss(index)]
+                return [self._batch_loss(index, allow_non_finite)]
 
         with self.measurement():
             return self._mean_over_samples(local, 1)[0]
@@ -392,11 +403,12 @@ class LossLandscape:
 
     # ------------------------------------------------------------------------------------------------- samples
 
-    def _batch_loss(self, index: int) -> Tensor:
+    def _batch_loss(self, index: int, allow_non_finite: bool = False) -> Tensor:
         assert self._isolation is not None
         with self._isolation.forward_pass(index):
             output = self.loss_fn(self.module, self.batches[index])
-        loss = _check_loss(output["loss"] if isinstance(output, Mapping) and "loss" in output else output)
+        loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+        loss = _check_loss(loss, allow_non_finite)
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise RuntimeError(
                 "Expected a loss that depends on the trainable parameters, got one that does not. Check for `detach`, "
@@ -526,7 +538,7 @@ def _has_custom_functions(loss: Tensor) -> bool:
     return False
 
 
-def _check_loss(loss: Any) -> Tensor:
+def _check_loss(loss: Any, allow_non_finite: bool = False) -> Tensor:
     if loss is None:
         raise TypeError(
             "Expected the loss function (or training_step) to return a scalar tensor or a dict with 'loss', got "
@@ -539,7 +551,7 @@ def _check_loss(loss: Any) -> Tensor:
             f"Expected the loss to be a scalar, got a tensor of shape {tuple(loss.shape)}. Take the mean over the "
             "samples of the batch."
         )
-    if not torch.isfinite(loss):
+    if not allow_non_finite and not torch.isfinite(loss):
         raise ValueError(
             f"Expected a finite loss, got {loss.item()}. The flatness of a diverged run is not defined: check the "
             "weights and the samples of the probe."

@@ -8,7 +8,18 @@ from pathlib import Path
 import lightning_flatness
 
 PACKAGE = Path(lightning_flatness.__file__).parent
-ORDER = ["callbacks", "metrics", "estimators", "probe", "sam", "landscape", "geometry", "isolation", "batches"]
+ORDER = [
+    "callbacks",
+    "surface",
+    "metrics",
+    "estimators",
+    "probe",
+    "sam",
+    "landscape",
+    "geometry",
+    "isolation",
+    "batches",
+]
 """From top to bottom: each may import what stands below it."""
 
 

@@ -142,8 +142,8 @@ class PathChart(Chart):
         num_coordinates: Edges less hidden units.
         num_hidden_units: Hidden units.
         values: The values of the basis paths at the current weights, shape (num_coordinates,): the origin of ``z``.
-        radius: Smallest modulus of the paths made of skeleton edges. Where one of them is zero the chart has a pole:
-            weights go to infinity there, and come back with other signs beyond it.
+        radius: Smallest modulus of the paths made of skeleton edges. Where one of them is zero the chart ends: weights
+            go to infinity.
 
     Raises:
         ValueError: If a weight of the skeleton is zero, or a path's value is beyond the range of ``dtype``.
@@ -170,11 +170,14 @@ class PathChart(Chart):
     # ------------------------------------------------------------------------------------------------ the chart
 
     def displacement(self, z: Tensor) -> Tensor:
-        """Return ``w(z) - w0``: zero on in-edges and slopes, ``(s_e z_e - w0_e r_j) / (1 + r_j)`` into hidden units."""
+        """Return ``w(z) - w0``: zero on in-edges and slopes, ``(s_e z_e - w0_e r_j) / (1 + r_j)`` into hidden units.
+
+        Infinite for the weights into a unit whose skeleton path has reached zero or passed it: no way leads there.
+        """
         change = self._scale * self._scattered(z)
         r = z[self._terminals] / self._along_skeleton
         for edges, base, r_j in self._hidden_rows(r, change, self._movable):
-            edges.addcmul_(base, r_j, value=-1).div_(1 + r_j)
+            edges.addcmul_(base, r_j, value=-1).div_(1 + r_j).masked_fill_(r_j <= -1, float("inf"))
         return change
 
     def push_forward(self, v: Tensor) -> Tensor:
