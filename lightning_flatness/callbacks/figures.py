@@ -41,7 +41,7 @@ def rendered(figure: Figure) -> np.ndarray[Any, np.dtype[np.uint8]]:
     Args:
         figure: A figure outside pyplot.
     """
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -137,8 +137,7 @@ def is_in_place(node: fx.Node, module: nn.Module) -> bool:
     """Return whether an operation overwrites its input."""
     if node.op == "call_module":
         return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
-    is_named_so = function_name(node).endswith("_") or function_name(node) == "setitem"
-    return node.kwargs.get("inplace") is True or "out" in node.kwargs or is_named_so
+    return node.kwargs.get("inplace") is True or "out" in node.kwargs or function_name(node).endswith("_")
 
 
 def function_name(node: fx.Node) -> str:
