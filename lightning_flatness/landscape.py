@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal, TypeAlias, get_args
@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_flatness.batches import infer_batch_size, prepare_batch
 from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
-from lightning_flatness.isolation import Isolation, Mode, isolated, preserved_rng
+from lightning_flatness.isolation import DifferentiableWeightNorm, Isolation, Mode, isolated, preserved_rng
 
 LossFunction: TypeAlias = Callable[[nn.Module, Any], Any]
 """``loss_fn(module, batch)``: the mean loss over the samples of ``batch``, a scalar tensor or a dict with "loss"."""
@@ -153,7 +153,7 @@ class LossLandscape:
         self._gradient: Tensor | None = None
         self._charts: dict[str | Geometry, Chart] = {}
         self._step_factor: float | None = None
-        self._is_inspected = self._has_custom_functions = self._is_verified = False
+        self._is_inspected = self._has_custom_functions = self._has_weight_norm = self._is_verified = False
 
     # ----------------------------------------------------------------------------------------- one measurement
 
@@ -327,14 +327,22 @@ class LossLandscape:
 
         with saved_tensors_hooks(note, lambda tensor: tensor):
             loss = self._batch_loss(index)
-            if not self._is_inspected:
-                self._is_inspected, self._has_custom_functions = True, _has_custom_functions(loss)
+            if not self._is_inspected and self._must_rewrite(loss):
+                loss = self._batch_loss(index)
             try:
                 gradient = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
             except RuntimeError as error:
                 raise _from_autograd(error) from error
         self.cost.gradient_evaluations += self.batch_sizes[index] / max(1, sum(self.batch_sizes))
         return _Graph(gradient, sum(storages.values()))
+
+    def _must_rewrite(self, loss: Tensor) -> bool:
+        """Look for operators whose second derivative may be wrong; return whether one was replaced."""
+        operators = [type(node) if isinstance(node, BackwardCFunction) else node.name() for node in _graph_nodes(loss)]
+        self._is_inspected = True
+        self._has_custom_functions = any(isinstance(operator, type) for operator in operators)
+        self._has_weight_norm = "WeightNormInterfaceBackward0" in operators
+        return self._has_weight_norm
 
     def _verify_custom_functions(self, v: Tensor, product: Tensor) -> None:
         """Compare the first product with finite differences if the module uses ``torch.autograd.Function``.
@@ -405,7 +413,8 @@ class LossLandscape:
 
     def _batch_loss(self, index: int, allow_non_finite: bool = False) -> Tensor:
         assert self._isolation is not None
-        with self._isolation.forward_pass(index):
+        rewriting = DifferentiableWeightNorm() if self._has_weight_norm else nullcontext()
+        with self._isolation.forward_pass(index), rewriting:
             output = self.loss_fn(self.module, self.batches[index])
         loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
         loss = _check_loss(loss, allow_non_finite)
@@ -523,19 +532,16 @@ _NO_SECOND_DERIVATIVE = re.compile(
 )
 
 
-def _has_custom_functions(loss: Tensor) -> bool:
-    """Return whether a user-defined ``torch.autograd.Function`` is in the graph of a loss."""
-    seen: set[Any] = set()
+def _graph_nodes(loss: Tensor) -> set[Any]:
+    """Return the nodes of the graph of a loss."""
+    nodes: set[Any] = set()
     pending: list[Any] = [loss.grad_fn]
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
-            continue
-        if isinstance(node, BackwardCFunction):
-            return True
-        seen.add(node)
-        pending.extend(following for following, _ in node.next_functions)
-    return False
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            pending.extend(following for following, _ in node.next_functions)
+    return nodes
 
 
 def _check_loss(loss: Any, allow_non_finite: bool = False) -> Tensor:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from lightning_flatness import FlatnessMonitor, InvariantSharpness, TopEigenvalues
 
 CONFIG = """
+seed_everything: 0
 trainer:
   max_epochs: 1
   logger: false

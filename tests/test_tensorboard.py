@@ -79,11 +79,11 @@ def test_none_doubled_after_resume_from_the_middle_of_an_epoch(tmp_path, options
     assert_steps(tmp_path, [0, 3, 5, 6, 9, 10, 12, 15] if options else [0, 5, 10, 15])
 
 
-def test_the_checkpoint_of_a_run_holds_nothing_but_the_last_step(tmp_path):
+def test_the_checkpoint_of_a_run_holds_nothing_of_the_monitor(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
     fit(tmp_path, FlatnessMonitor(), checkpoint, max_epochs=1)
     saved = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=False)
-    assert saved["callbacks"]["FlatnessMonitor['flatness/']"] == {"last_step": 5}
+    assert not any("Flatness" in key for key in saved["callbacks"])
     assert list(saved["state_dict"]) == list(Classifier().state_dict())
 
 

@@ -123,19 +123,6 @@ class FlatnessMonitor(Callback):
 
     # -------------------------------------------------------------------------------------------------- hooks
 
-    @property
-    def state_key(self) -> str:
-        """Tells several monitors in one Trainer apart by their prefix."""
-        return f"{type(self).__qualname__}[{self.log_key_prefix!r}]"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the step of the last measurement: a resumed run does not repeat it."""
-        return {"last_step": self._last_step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the step of the last measurement."""
-        self._last_step = state_dict["last_step"]
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that this module can be measured under this Trainer."""
         if stage != "fit":
@@ -165,7 +152,9 @@ class FlatnessMonitor(Callback):
         if trainer.barebones:
             return
         self._draw_probe(trainer)
-        if self._probe is not None and trainer.global_step == 0:
+        if trainer.global_step > 0:
+            self._last_step = trainer.global_step  # a resumed run: these weights have been measured before
+        elif self._probe is not None:
             self._measure_and_log(trainer, pl_module, on_step=False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
