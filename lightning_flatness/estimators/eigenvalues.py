@@ -36,7 +36,7 @@ def top_eigenvalues(
         tol: Relative Ritz residual ``‖H y - theta y‖ / |theta|`` at which to stop.
         max_products: Hessian-vector products after which to stop in any case.
         max_basis: Vectors of the size of the weights to keep at most; see :func:`lanczos` for the default.
-        start: Eigenvectors of an earlier measurement to start from, shape (any, number of coordinates).
+        start: ``subspace`` of an earlier result to start from, shape (any, number of coordinates).
         seed: Seed of the random start.
 
     Returns:

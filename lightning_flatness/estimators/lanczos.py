@@ -21,6 +21,9 @@ from torch import Tensor
 
 Which = Literal["LA", "SA", "LM"]
 
+_NUM_SPARE_VECTORS = 2
+_SPARE_WEIGHT = 0.3
+_WARM_START_NOISE = 0.3
 _NUM_CONFIRMING_PRODUCTS = 3
 _CONFIRMING_TOLERANCE = 0.1
 _BASIS_BYTES = 2**28
@@ -35,6 +38,7 @@ class EigenResult:
         eigenvalues: Shape (k,), the most wanted first.
         residuals: Shape (k,), ``‖A y - theta y‖`` of each pair: an eigenvalue lies no farther than that from theta.
         eigenvectors: Shape (k, size), orthonormal rows.
+        subspace: The eigenvectors and up to two next ones, to start a later run from, shape (k to k + 2, size).
         converged: Whether all residuals reached the tolerance.
         num_products: Products with the operator.
     """
@@ -42,6 +46,7 @@ class EigenResult:
     eigenvalues: Tensor
     residuals: Tensor
     eigenvectors: Tensor
+    subspace: Tensor
     converged: bool
     num_products: int
 
@@ -73,7 +78,7 @@ def lanczos(
         tol: Relative residual at which to stop.
         max_products: Products after which to stop in any case.
         max_basis: Vectors to keep at most. Default: 256 MiB of them, no fewer than k + 8, no more than 256.
-        start: Approximate eigenvectors to start from, shape (size,) or (any, size), e.g. of a previous result.
+        start: Vectors to start from, shape (size,) or (any, size): ``subspace`` of a previous result.
         seed: Seed of the random start.
         dtype: Of the vectors.
         device: Of the vectors.
@@ -230,9 +235,11 @@ class _Solver:
         noise = _normalized(self._random_vector())
         if start is None or not torch.isfinite(start).all() or not start.any():
             return noise
-        # The noise lets a direction in that has become more wanted than those we start from.
+        # The spare vectors and the noise let a direction in that has become more wanted than those that were. On the
+        # digits example, lambda_max was 13 % off without the spare ones when two eigenvalues changed places.
         rows = start.reshape(-1, self.size).to(noise)
-        return _normalized(_normalized(rows.sum(dim=0)) + _WARM_START_NOISE * noise)
+        vector = rows[: self.k].sum(dim=0) + _SPARE_WEIGHT * rows[self.k :].sum(dim=0)
+        return _normalized(_normalized(vector) + _WARM_START_NOISE * noise)
 
     def _random_direction(self) -> Tensor:
         """Return a random unit vector orthogonal to the basis."""
@@ -244,18 +251,18 @@ class _Solver:
         return vector.to(self.basis.device)
 
     def _result(self, values: Tensor, coefficients: Tensor, residuals: Tensor, converged: bool) -> EigenResult:
+        num_kept = min(self.k + _NUM_SPARE_VECTORS, len(values))
+        self._compress(coefficients[:, :num_kept], values[:num_kept])
         values, residuals = values[: self.k], residuals[: self.k]
-        self._compress(coefficients[:, : self.k], values)
+        subspace = torch.stack([self.basis[i] for i in range(num_kept)])
         return EigenResult(
             eigenvalues=values.to(self.basis.device, self.basis.dtype),
             residuals=residuals.to(self.basis.device, self.basis.dtype),
-            eigenvectors=torch.stack([self.basis[i] for i in range(self.k)]),
+            eigenvectors=subspace[: self.k],
+            subspace=subspace,
             converged=converged,
             num_products=self.num_products,
         )
-
-
-_WARM_START_NOISE = 0.1
 
 
 class _Basis:

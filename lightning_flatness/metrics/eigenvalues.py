@@ -95,7 +95,7 @@ class TopEigenvalues(FlatnessMetric):
             start=self._previous,
             seed=self.seed,
         )
-        self._previous = result.eigenvectors
+        self._previous = result.subspace
         return result
 
 
