@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
+import lightning_flatness
 from lightning_flatness import (
     BasisPathBalance,
     FlatnessMonitor,
@@ -81,6 +82,27 @@ def test_a_bias_of_zero_makes_the_balance_infinite_unless_zeros_are_ignored():
     expected = moduli.max() / moduli[moduli > 0].min()
     torch.testing.assert_close(measured(BasisPathBalance(ignore_zeros=True), landscape), expected, rtol=1e-12, atol=0)
     assert basis_path_balance(torch.tensor([3e38, 1e-38])) > 1e75  # beyond float32
+
+
+def test_worst_case_in_a_ball_of_paths_does_not_change_when_units_are_rescaled():
+    worst_case = getattr(lightning_flatness, "WorstCaseSharpness", None)
+    if worst_case is None:
+        pytest.skip("the general estimator of worst-case sharpness is not there yet")
+    chain = example_chain()
+    radius = landscape_of(chain).chart("path").radius
+    value = measured(worst_case(rho=0.3 * radius, geometry="path"), landscape_of(chain))
+    chart, at = landscape_of(chain).chart("path"), landscape_of(chain)
+    loss, generator = float(at.loss()), torch.Generator().manual_seed(0)
+    for _ in range(50):
+        z = torch.randn(chart.num_coordinates, generator=generator, dtype=torch.float64)
+        with at.displaced(chart.displacement(0.3 * radius * z / z.norm())):
+            assert float(at.loss()) - loss <= float(value)
+    chain.rescale_units(torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        measured(worst_case(rho=0.3 * radius, geometry="path"), landscape_of(chain)), value, rtol=1e-6, atol=0
+    )
+    with pytest.raises(ValueError, match="Expected `rho` to be <"):  # the chart ends there
+        measured(worst_case(rho=2 * radius, geometry="path"), landscape_of(chain))
 
 
 def test_one_gradient_serves_all_products_of_a_measurement():

@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from modules import Augmented
@@ -384,6 +385,40 @@ def test_monitor_keeps_its_radius_and_directions(tmp_path):
     trained(TensorBoardLogger(tmp_path), Recorder(num_points=3, probe_size=8), max_epochs=2)
     assert len(seen) == 3
     assert all(torch.equal(s.x, seen[0].x) and torch.equal(s.directions, seen[0].directions) for s in seen)
+
+
+def test_monitor_looks_as_far_after_a_resume(tmp_path):
+    monitor = LossSurfaceMonitor(num_points=3, probe_size=8)
+    trained(TensorBoardLogger(tmp_path), monitor, max_epochs=1)
+    assert monitor.surface is not None
+    resumed = LossSurfaceMonitor(num_points=3, probe_size=8)
+    resumed.load_state_dict(monitor.state_dict())
+    assert resumed.state_dict() == monitor.state_dict() == {"reach": float(monitor.surface.x[-1])}
+
+
+def test_two_monitors_in_one_trainer(tmp_path):
+    monitors = [
+        LossSurfaceMonitor(num_points=3, probe_size=8, geometry=g, log_key_prefix=f"{g}/")
+        for g in ("filter", "element")
+    ]
+    logger = TensorBoardLogger(tmp_path)
+    trained(logger, *monitors, max_epochs=1)
+    logger.finalize("success")
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()["images"]
+    assert sorted(tags) == ["element/loss_surface", "filter/loss_surface"]
+    assert monitors[0].state_key != monitors[1].state_key
+
+
+def test_cli_builds_the_monitor(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "trainer:\n  logger: false\n  callbacks:\n"
+        "    - class_path: lightning_flatness.LossSurfaceMonitor\n"
+        "      init_args: {every_n_epochs: 5, geometry: path, directions: eigenvectors, num_points: 9}\n"
+    )
+    cli = LightningCLI(Net, run=False, args=["--config", str(config)], save_config_callback=None)
+    monitor = next(c for c in cli.trainer.callbacks if isinstance(c, LossSurfaceMonitor))
+    assert (monitor.every_n_epochs, monitor.geometry.name, monitor.num_points) == (5, "path", 9)
 
 
 def test_monitor_says_once_that_no_logger_takes_images(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -91,25 +91,39 @@ class LossSurfaceMonitor(FlatnessMonitor):
         self.radius = radius
         self.num_points = num_points
         self.surface: LossSurface | None = None
+        self._reach: float | None = radius
+
+    @property
+    def state_key(self) -> str:
+        """Tells several of these in one Trainer apart."""
+        return self._generate_state_key(key=self.log_key_prefix, geometry=self.geometry, directions=self.directions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the pictures look: a resumed run goes on with that."""
+        return {"reach": self._reach}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore how far the pictures look."""
+        self._reach = state_dict["reach"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that this module can be measured under this Trainer."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.surface = None
+            self.surface, self._reach = None, self.radius
 
     def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
-        reach = float(self.surface.x[-1]) if self.radius is None and self.surface is not None else self.radius
         with trainer.precision_plugin.train_step_context():
             self.surface = loss_surface(
                 self._landscape(trainer, pl_module),
                 self.directions,
                 self.geometry,
                 num_directions=self.num_directions,
-                radius=reach,
+                radius=self._reach,
                 num_points=self.num_points,
                 seed=self.seed,
             )
+        self._reach = float(self.surface.x[-1])
         self._last_step = trainer.global_step
         figure = self.surface.figure(f"step {trainer.global_step}")
         if not log_figure(trainer, f"{self.log_key_prefix}loss_surface", figure) and "loggers" not in self._warned:
