@@ -8,10 +8,10 @@ from torch import Tensor
 from lightning_flatness.geometry import PathChart, PathGeometry
 from lightning_flatness.landscape import LossLandscape
 from lightning_flatness.metrics.base import FlatnessMetric
-from lightning_flatness.metrics.eigenvalues import TopEigenvalues
+from lightning_flatness.metrics.eigenvalues import SpectralNorm
 
 
-class PSISharpness(TopEigenvalues):
+class PSISharpness(SpectralNorm):
     r"""The spectral norm of the Hessian of the loss in the values of basis paths, at the current weights.
 
     With ``v`` the values of the basis paths of a ReLU chain (see :class:`PathGeometry`) this is
@@ -61,27 +61,7 @@ class PSISharpness(TopEigenvalues):
         max_basis: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            k=1,
-            geometry=PathGeometry(submodule),
-            which="LM",
-            tol=tol,
-            max_products=max_products,
-            max_basis=max_basis,
-            seed=seed,
-        )
-        self.add_state("value", self.value.squeeze(0), dist_reduce_fx=self._reductions["value"])
-        self.add_state("error", self.error.squeeze(0), dist_reduce_fx=self._reductions["error"])
-
-    def measure(self, landscape: LossLandscape) -> None:
-        """Find the eigenvalue of largest modulus and keep its modulus."""
-        result = self._solve(landscape)
-        self.store(
-            result.eigenvalues[0].abs(),
-            result.residuals[0],
-            converged=result.converged,
-            num_products=result.num_products,
-        )
+        super().__init__(PathGeometry(submodule), tol, max_products, max_basis, seed)
 
 
 class BasisPathBalance(FlatnessMetric):
