@@ -568,6 +568,10 @@ NOT_CHAINS = {
         lambda: net_of(lambda s, x: s.b(torch.flatten(s.a(x))), a=nn.Conv1d(1, 1, 1), b=nn.Linear(4, 2)),
         "got the operation 'flatten'",
     ),
+    "linear layer flattened with the batch": (
+        lambda: net_of(lambda s, x: s.b(torch.flatten(s.a(x))), a=nn.Linear(3, 3), b=nn.Linear(6, 4)),
+        "got the operation 'flatten'",
+    ),
     "unflattened": (
         lambda: nn.Sequential(nn.Linear(3, 16), nn.Unflatten(1, (4, 2, 2)), nn.Conv2d(4, 1, 2)),
         r"got Unflatten \('1'\)",
