@@ -10,15 +10,14 @@ last one may be anything without parameters: they belong to the input and to the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from lightning_flatness.geometry.layout import Layout
 from lightning_flatness.geometry.tracing import (
     CONVOLUTION_FUNCTIONS,
     ELEMENTWISE,
@@ -141,19 +140,6 @@ def _only_child(module: nn.Module) -> tuple[str, nn.Module]:
     )
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where the units are in the tensor between two layers.
-
-    ``"channels"``: (batch, units, positions ...). ``"flat"``: (batch, units · positions), a unit's positions side by
-    side. ``"last"``: (batch, ..., units), after a linear layer; flattened, the units of a position lie side by side.
-    """
-
-    kind: Literal["channels", "flat", "last"]
-    num_units: int
-    num_spatial: int = 0
-
-
 class _ChainReader:
     """Reads the layers off a traced graph, in the order of their execution."""
 
@@ -162,9 +148,9 @@ class _ChainReader:
         self.prefix = prefix
         self.layers: list[ChainLayer] = []
         self.slopes: list[nn.Parameter] = []
-        self.layout: _Layout | None = None
+        self.layout: Layout | None = None
         self.seen: dict[int, str] = {}
-        self.order: set[fx.Node] = set()
+        self.followed: set[fx.Node] = set()
 
     def read(self, graph: fx.Graph) -> Chain:
         nodes = list(graph.nodes)
@@ -176,6 +162,7 @@ class _ChainReader:
         downstream = reachable(weighted, lambda n: [] if is_shape(n) else n.users)
         upstream = reachable(weighted, lambda n: n.all_input_nodes)
         used = reachable(nodes[-1:], lambda n: n.all_input_nodes)
+        behind = reachable(weighted[-1:], lambda n: n.users)
         hidden = {n for n in nodes if n in downstream and n in upstream and n is not weighted[-1] and not is_shape(n)}
         current: fx.Node | None = None
         for node in nodes:
@@ -185,11 +172,13 @@ class _ChainReader:
                 if self._is_layer(node):
                     self._add_layer(node)
                 else:
-                    self.layout = self._transform(node)
+                    self.layout = self._transform(node, self.layout)
                 continue
             self._check_parameters(node)
             if not is_shape(node) and any(n in hidden for n in node.all_input_nodes):
                 self._check_second_use(node, is_used=node in used)
+            elif node in downstream - behind - used and is_in_place(node, self.module):
+                raise not_a_chain(f"{self._describe(node)} on a part of what a layer returns")
         return Chain(self.layers, self.slopes)
 
     # ------------------------------------------------------------------------------------------------- the graph
@@ -202,7 +191,7 @@ class _ChainReader:
     def _follow(self, node: fx.Node, current: fx.Node | None, downstream: set[fx.Node]) -> None:
         """Check that ``node`` takes what ``current`` returns, and nothing else that depends on weights."""
         inputs = [n for n in node.all_input_nodes if n in downstream and not is_shape(n)]
-        self.order.add(node)
+        self.followed.add(node)
         if current is not None and inputs != [current]:
             joined = " and ".join(self._describe(n) for n in inputs) or "the input"
             raise not_a_chain(
@@ -213,12 +202,12 @@ class _ChainReader:
     def _check_second_use(self, node: fx.Node, is_used: bool) -> None:
         """Refuse what takes hidden units past the layers to the output; a change in place counts as the next step."""
         if is_used:
-            hidden = next(n for n in node.all_input_nodes if n in self.order)
+            hidden = next(n for n in node.all_input_nodes if n in self.followed)
             raise not_a_chain(
                 f"{self._describe(hidden)}, whose result is used beside the chain: by {self._describe(node)}"
             )
         if is_in_place(node, self.module):
-            self.layout = self._transform(node)
+            self.layout = self._transform(node, self.layout)
 
     def _check_parameters(self, node: fx.Node) -> None:
         """Refuse parameters before the first and after the last layer, but for slopes."""
@@ -261,7 +250,7 @@ class _ChainReader:
         sources, skeleton = self._columns(node, weight)
         self.layers.append(ChainLayer(self._name(name.removesuffix(".weight")), weight, bias, sources, skeleton))
         is_linear = weight.dim() == 2
-        self.layout = _Layout("last" if is_linear else "channels", weight.shape[0], weight.dim() - 2)
+        self.layout = Layout("last" if is_linear else "channels", weight.shape[0], weight.dim() - 2)
 
     def _check_first_use(self, name: str, *parameters: nn.Parameter | None) -> None:
         for p in parameters:
@@ -275,50 +264,39 @@ class _ChainReader:
     def _columns(self, node: fx.Node, weight: nn.Parameter) -> tuple[Tensor, Tensor]:
         """Return the source unit of each column of ``weight.flatten(1)``, and the skeleton's column of each unit."""
         num_inputs, kernel = weight.shape[1], weight.shape[2:]
-        layout = self.layout
-        if layout is None:
-            layout = _Layout("channels" if kernel else "last", num_inputs, len(kernel))
+        layout = self.layout or Layout("channels" if kernel else "last", num_inputs, len(kernel))
         if kernel:
-            if layout.kind != "channels" or layout.num_units != num_inputs or layout.num_spatial != len(kernel):
-                raise not_a_chain(f"{self._describe(node)} on an input whose channels are not the units before it")
-            taps = math.prod(kernel)
-            centre = 0
-            for size in kernel:
-                centre = centre * size + size // 2
-            units = torch.arange(num_inputs)
-            return units.repeat_interleave(taps), units * taps + centre
-        positions, rest = divmod(num_inputs, layout.num_units)
-        if layout.kind == "channels" or rest:
-            raise not_a_chain(f"{self._describe(node)} on an input that is not flattened to the units before it")
-        units = torch.arange(layout.num_units)
-        if layout.kind == "flat":
-            return units.repeat_interleave(positions), units * positions + positions // 2
-        return units.repeat(positions), (positions // 2) * layout.num_units + units
+            columns, wrong = layout.columns_of_convolution(num_inputs, kernel), "whose channels are not the units"
+        else:
+            columns, wrong = layout.columns_of_linear(num_inputs), "that is not flattened to the units"
+        if columns is None:
+            raise not_a_chain(f"{self._describe(node)} on an input {wrong} before it")
+        return columns
 
     # --------------------------------------------------------------------------------- operations between layers
 
-    def _transform(self, node: fx.Node) -> _Layout:
+    def _transform(self, node: fx.Node, layout: Layout | None) -> Layout:
         """Return where the units are after an operation between two layers."""
-        assert self.layout is not None
-        layout = self._transform_module(node) if node.op == "call_module" else self._transform_call(node)
-        if layout is None:
+        assert layout is not None
+        transform = self._transform_module if node.op == "call_module" else self._transform_call
+        if (transformed := transform(node, layout)) is None:
             raise not_a_chain(f"{self._describe(node)} between its layers")
-        return layout
+        return transformed
 
-    def _transform_module(self, node: fx.Node) -> _Layout | None:
+    def _transform_module(self, node: fx.Node, layout: Layout) -> Layout | None:
         module = self._submodule(node)
         known = known_class(module)
         if known is nn.PReLU:
             self._keep_slopes(module._parameters.get("weight"))
         if known in ELEMENTWISE:
-            return self.layout
+            return layout
         if known is nn.Flatten:
-            return self._flattened(module.start_dim, module.end_dim)
+            return layout.flattened(module.start_dim, module.end_dim)
         if known in POOLS and not getattr(module, "return_indices", False):
-            return self._pooled(POOLS[known])
-        return self._pooled(PADS[known]) if known in PADS else None
+            return layout.pooled(POOLS[known])
+        return layout.pooled(PADS[known]) if known in PADS else None
 
-    def _transform_call(self, node: fx.Node) -> _Layout | None:
+    def _transform_call(self, node: fx.Node, layout: Layout) -> Layout | None:
         target = node.target
         if target in PRELU_FUNCTIONS:
             slopes = self._parameter(bound_arguments(node, ("input", "weight"))["weight"])
@@ -326,67 +304,28 @@ class _ChainReader:
                 return None
             self._keep_slopes(slopes)
         if target in ELEMENTWISE_FUNCTIONS or (node.op == "call_method" and target in ELEMENTWISE_METHODS):
-            return self.layout
+            return layout
         if target in POOL_FUNCTIONS and node.kwargs.get("return_indices") is not True:
-            return self._pooled(POOL_FUNCTIONS[target])
+            return layout.pooled(POOL_FUNCTIONS[target])
         name = function_name(node)
         if target not in (name, getattr(torch, name, None)):
             return None  # a function of the same name from elsewhere
+        return self._transform_shape(node, name, layout)
+
+    def _transform_shape(self, node: fx.Node, name: str, layout: Layout) -> Layout | None:
+        """The same for functions of torch and methods of tensors, whose arguments say what they do."""
         if name == "flatten":
             arguments = bound_arguments(node, ("input", "start_dim", "end_dim"))
-            return self._flattened(arguments.get("start_dim", 0), arguments.get("end_dim", -1))
+            return layout.flattened(arguments.get("start_dim", 0), arguments.get("end_dim", -1))
         if name in ("view", "reshape"):
-            return self._viewed(node)
+            return layout.viewed(node.args[1:] or [node.kwargs.get("shape", node.kwargs.get("size"))])
         if name in ("clamp", "clamp_", "clamp_min", "clamp_min_"):
             arguments = bound_arguments(node, ("input", "min", "max"))
-            return self.layout if arguments.get("min") == 0 and arguments.get("max") is None else None
+            return layout if arguments.get("min") == 0 and arguments.get("max") is None else None
         if name in SPATIAL_REDUCTIONS:
             arguments = bound_arguments(node, ("input", "dim", "keepdim"))
-            return self._reduced(arguments.get("dim"), arguments.get("keepdim", False))
-        if name == "squeeze":
-            assert self.layout is not None
-            every_position = range(2, 2 + self.layout.num_spatial)
-            return self._reduced(bound_arguments(node, ("input", "dim")).get("dim", tuple(every_position)), False)
-        return None
-
-    def _pooled(self, num_spatial: int) -> _Layout | None:
-        assert self.layout is not None
-        return self.layout if (self.layout.kind, self.layout.num_spatial) == ("channels", num_spatial) else None
-
-    def _flattened(self, start: Any, end: Any) -> _Layout | None:
-        assert self.layout is not None
-        layout = self.layout
-        if layout.kind != "channels":
-            return layout if start == 1 and end == -1 else None
-        num_axes = 2 + layout.num_spatial
-        if not isinstance(start, int) or not isinstance(end, int) or end % num_axes != num_axes - 1:
-            return None
-        start %= num_axes
-        if start == 1:
-            return _Layout("flat", layout.num_units)
-        return _Layout("channels", layout.num_units, start - 1) if start >= 2 else None
-
-    def _viewed(self, node: fx.Node) -> _Layout | None:
-        """``x.view(batch, -1)`` and its like."""
-        sizes: Sequence[Any] = (
-            node.args[1:] if len(node.args) > 1 else [node.kwargs.get("shape", node.kwargs.get("size"))]
-        )
-        if len(sizes) == 1 and isinstance(sizes[0], list | tuple):
-            sizes = sizes[0]
-        return self._flattened(1, -1) if len(sizes) == 2 else None
-
-    def _reduced(self, dims: Any, keepdim: Any) -> _Layout | None:
-        """Take away axes of positions."""
-        assert self.layout is not None
-        layout = self.layout
-        dims = [dims] if isinstance(dims, int) else dims
-        if layout.kind != "channels" or not isinstance(dims, Iterable):
-            return None
-        axes = {d % (2 + layout.num_spatial) for d in dims if isinstance(d, int)}
-        if min(axes, default=0) < 2:
-            return None
-        left = layout.num_spatial if keepdim else layout.num_spatial - len(axes)
-        return _Layout("channels", layout.num_units, left) if left else _Layout("flat", layout.num_units)
+            return layout.reduced(arguments.get("dim"), arguments.get("keepdim", False))
+        return layout.squeezed(bound_arguments(node, ("input", "dim")).get("dim")) if name == "squeeze" else None
 
     def _keep_slopes(self, slopes: Any) -> None:
         if isinstance(slopes, nn.Parameter) and all(s is not slopes for s in self.slopes):
