@@ -24,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from lightning_flatness.batches import infer_batch_size, prepare_batch
+from lightning_flatness.batches import infer_batch_size, map_tensors, prepare_batch
 from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
 from lightning_flatness.isolation import DifferentiableWeightNorm, Isolation, Mode, isolated, preserved_rng
 
@@ -321,8 +321,9 @@ class LossLandscape:
         storages: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            if tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with saved_tensors_hooks(note, lambda tensor: tensor):
@@ -394,7 +395,7 @@ class LossLandscape:
         Truncation shrinks with the square of the step and rounding grows with its inverse, so the change
         between neighbouring steps has its minimum where the two balance.
         """
-        weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.parameters))
+        weights = math.hypot(*(float(torch.linalg.vector_norm(p.detach())) for p in self.parameters))
         step = torch.finfo(self.dtype).eps ** (1 / 4) * (1 + weights)
         previous = self._central_difference(direction, step)
         best = math.inf
@@ -414,8 +415,9 @@ class LossLandscape:
     def _batch_loss(self, index: int, allow_non_finite: bool = False) -> Tensor:
         assert self._isolation is not None
         rewriting = DifferentiableWeightNorm() if self._has_weight_norm else nullcontext()
+        batch = map_tensors(torch.clone, self.batches[index])  # user code may write into its batch, or pop from it
         with self._isolation.forward_pass(index), rewriting:
-            output = self.loss_fn(self.module, self.batches[index])
+            output = self.loss_fn(self.module, batch)
         loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
         loss = _check_loss(loss, allow_non_finite)
         if torch.is_grad_enabled() and not loss.requires_grad:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sized
+import random
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,12 +73,12 @@ def draw_probe(
     Example:
         >>> loader = DataLoader(range(10), batch_size=4, shuffle=True)
         >>> draw_probe(loader, 5, seed=1)
-        [tensor([5, 6, 1]), tensor([2, 0])]
+        [tensor([2, 1, 4]), tensor([0, 3])]
     """
     with seeded(seed), _preserved_generators(loader):
         candidates = _candidates(loader, max_batches)
-        order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
-        chosen = [candidates[i] for i in order[:num_samples].tolist()]
+        # Not a permutation of all indices, which for a large dataset would not fit into memory.
+        chosen = random.Random(seed).sample(candidates, min(num_samples, len(candidates)))
         share = torch.tensor(chosen[rank::world_size], dtype=torch.int64)
         if batch_size is None:
             batch_size = min(loader.batch_size or MAX_DEFAULT_BATCH_SIZE, MAX_DEFAULT_BATCH_SIZE)
@@ -143,9 +144,9 @@ def _loader_of(loader: DataLoader[Any], chunks: list[list[int]], seed: int) -> D
     )
 
 
-def _candidates(loader: DataLoader[Any], max_batches: float) -> list[int]:
+def _candidates(loader: DataLoader[Any], max_batches: float) -> Sequence[int]:
     """Return the indices of the dataset that the loader's sampler can yield, in increasing order."""
-    everything = list(range(len(loader.dataset)))  # type: ignore[arg-type]
+    everything = range(len(loader.dataset))  # type: ignore[arg-type]
     if type(loader.batch_sampler) is not BatchSampler:
         return _iterated(loader.batch_sampler)
     sampler: Any = loader.batch_sampler.sampler

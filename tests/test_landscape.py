@@ -200,6 +200,31 @@ def test_reduced_precision_parameters_get_float32_vectors():
     torch.testing.assert_close(*values, rtol=0.1, atol=0)
 
 
+def test_a_loss_that_writes_into_its_batch_does_not_change_the_probe():
+    problem = make_problem("tanh_mlp")
+
+    def loss_fn(module: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        x, y = batch.pop("x"), batch.pop("y")
+        return cross_entropy(module, (x.mul_(0.5), y))
+
+    landscape = LossLandscape(problem.module, [{"x": x, "y": y} for x, y in problem.batches], loss_fn)
+    plain = LossLandscape(problem.module, [(0.5 * x, y) for x, y in problem.batches], cross_entropy)
+    for _ in range(2):
+        assert torch.equal(landscape.loss(), plain.loss())
+        assert torch.equal(landscape.hvp(vector(plain)), plain.hvp(vector(plain)))
+
+
+def test_sparse_embeddings():
+    torch.manual_seed(0)
+    sparse, dense = (nn.Sequential(nn.Embedding(7, 3, sparse=s), nn.Linear(3, 2)).double() for s in (True, False))
+    dense.load_state_dict(sparse.state_dict())
+    tokens = torch.tensor([[1, 2, 2], [6, 0, 1]])
+    one, other = (LossLandscape(m, [tokens], lambda m, b: m(b).sin().pow(2).mean()) for m in (sparse, dense))
+    v = vector(one)
+    torch.testing.assert_close(one.gradient(), other.gradient())
+    torch.testing.assert_close(one.hvp(v), other.hvp(v))
+
+
 # ------------------------------------------------------------------------------------------- finite differences
 
 

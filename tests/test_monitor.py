@@ -224,6 +224,7 @@ def test_transfer_hooks_of_the_user_are_applied_to_the_probe(tmp_path):
             return batch[0] * 2, batch[1]
 
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            self.trainer.lightning_module.num_transfers += 1
             return batch[0] + 1, batch[1]
 
     seen: list[Tensor] = []
@@ -233,7 +234,10 @@ def test_transfer_hooks_of_the_user_are_applied_to_the_probe(tmp_path):
         return F.cross_entropy(module(batch[0]), batch[1])
 
     run = trainer(tmp_path, FlatnessMonitor(loss_fn=loss_fn), max_epochs=1)
-    run.fit(Classifier(), datamodule=Scaling())
+    module = Classifier()
+    module.num_transfers = 0
+    run.fit(module, datamodule=Scaling())
+    assert module.num_transfers == 5  # those of training
     values = torch.cat(seen[:5])
     expected = Plain().x * 2 + 1
     assert all(any(torch.equal(v, e) for e in expected) for v in values)

@@ -99,6 +99,15 @@ def test_random_directions_are_orthonormal_and_depend_on_the_seed_alone():
     assert not torch.equal(first.directions, other.directions)
 
 
+@pytest.mark.parametrize("num_points", [3, 11, 15, 21, 25, 49])
+def test_zero_is_always_one_of_the_points(num_points):
+    for radius in (0.1, 0.3, 1 / 3, 0.7, 1e-7, 123.4):
+        surface = loss_surface(parabola(), "random", num_directions=1, radius=radius, num_points=num_points)
+        assert float(surface.x[num_points // 2]) == 0
+        assert float(surface.losses[num_points // 2]) == surface.loss
+        assert surface.x[-1] == -surface.x[0] == radius
+
+
 def test_between_two_sets_of_weights():
     at, other = landscape(), landscape().module
     other = copy.deepcopy(other)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import time
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_flatness.batches import map_tensors
 from lightning_flatness.geometry import Euclidean
-from lightning_flatness.isolation import Mode, seeded
+from lightning_flatness.isolation import Mode, isolated
 from lightning_flatness.landscape import Differentiation, LossFunction, LossLandscape, check_options
 from lightning_flatness.metrics import FlatnessMetric, InvariantSharpness, TopEigenvalues
 from lightning_flatness.probe import SeenBatches, can_index, draw_probe
@@ -216,8 +218,7 @@ class FlatnessMonitor(Callback):
         assert self._probe is not None
         batches = self._probe
         if not self._is_transferred:
-            with seeded(self.seed, pl_module.device):
-                batches = [_transferred(trainer, pl_module, batch) for batch in batches]
+            batches = _transferred(trainer, pl_module, batches, self.seed)
         return LossLandscape(
             pl_module,
             batches,
@@ -280,13 +281,18 @@ class FlatnessMonitor(Callback):
             )
 
 
-def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """Do to a batch what the training loop does to it before the training step, the user's hooks included."""
-    batch = trainer.precision_plugin.convert_input(batch)
+def _transferred(trainer: Trainer, pl_module: LightningModule, batches: list[Any], seed: int) -> list[Any]:
+    """Do to batches what the training loop does to them before the training step, the user's hooks included."""
     datamodule = getattr(trainer, "datamodule", None)
     source: Any = datamodule if _overrides(datamodule, "on_before_batch_transfer") else pl_module
-    batch = source.on_before_batch_transfer(batch, 0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    transferred = []
+    with isolated(pl_module, "train", pl_module.device, seed) as isolation, torch.no_grad():
+        for index, batch in enumerate(batches):
+            with isolation.forward_pass(index):
+                batch = trainer.precision_plugin.convert_input(map_tensors(torch.clone, batch))
+                batch = source.on_before_batch_transfer(batch, 0)
+                transferred.append(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+    return transferred
 
 
 def _overrides(instance: Any, hook: str) -> bool:

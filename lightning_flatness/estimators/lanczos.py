@@ -256,8 +256,8 @@ class _Solver:
         values, residuals = values[: self.k], residuals[: self.k]
         subspace = torch.stack([self.basis[i] for i in range(num_kept)])
         return EigenResult(
-            eigenvalues=values.to(self.basis.device, self.basis.dtype),
-            residuals=residuals.to(self.basis.device, self.basis.dtype),
+            eigenvalues=values.to(self.basis.dtype).to(self.basis.device),
+            residuals=residuals.to(self.basis.dtype).to(self.basis.device),
             eigenvectors=subspace[: self.k],
             subspace=subspace,
             converged=converged,
@@ -297,12 +297,12 @@ class _Basis:
             coefficients = [block @ remainder for block in self._filled()]
             for block, c in zip(self._filled(), coefficients, strict=True):
                 remainder = torch.addmv(remainder, block.T, c, alpha=-1)
-            total += torch.cat(coefficients).to("cpu", torch.float64)
+            total += torch.cat(coefficients).cpu().double()
         return total, remainder
 
     def rotate(self, coefficients: Tensor) -> None:
         """Replace the rows by the combinations that the columns of ``coefficients`` name, a strip at a time."""
-        mixing = coefficients.T.to(self.device, self.dtype)
+        mixing = coefficients.T.to(self.dtype).to(self.device)
         width = max(1, 2**22 // self._num_rows)
         for first in range(0, self.size, width):
             strip = torch.cat([block[:, first : first + width] for block in self._filled()])
