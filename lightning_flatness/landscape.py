@@ -293,13 +293,24 @@ class LossLandscape:
 
     # ---------------------------------------------------------------------------------------------- quantities
 
-    def loss(self) -> Tensor:
-        """Return ``L(w)``, a scalar. Costs one forward pass over the samples."""
+    def loss(self, *, allow_non_finite: bool = False) -> Tensor:
+        """Return ``L(w)``, a scalar. Costs one forward pass over the samples.
+
+        Args:
+            allow_non_finite: Return a loss that is infinite or not a number (far from the weights of a network the
+                loss overflows) instead of raising.
+
+        Returns:
+            The mean over the samples.
+
+        Raises:
+            ValueError: If the loss is not finite, unless that is allowed.
+        """
         self.cost.gradient_evaluations += 1 / 3
 
         def local(index: int) -> list[Tensor]:
             with torch.no_grad():
-                return [self._batch_loss(index)]
+                return [self._batch_loss(index, allow_non_finite)]
 
         with self.measurement():
             return self._mean_over_samples(local, 1)[0]
@@ -600,13 +611,13 @@ class LossLandscape:
 
     # ------------------------------------------------------------------------------------------------- samples
 
-    def _batch_loss(self, index: int) -> Tensor:
+    def _batch_loss(self, index: int, allow_non_finite: bool = False) -> Tensor:
         assert self._isolation is not None
         rewriting = DifferentiableWeightNorm() if self._has_weight_norm else nullcontext()
         batch = self._fresh_batch(index)
         with self._isolation.forward_pass(index), rewriting:
             output = self.loss_fn(self.module, batch)
-        loss = _check_loss(_loss_in(output))
+        loss = _check_loss(_loss_in(output), allow_non_finite)
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise RuntimeError(
                 "Expected a loss that depends on the trainable parameters, got one that does not. Check for `detach`, "
@@ -776,7 +787,7 @@ def _graph_nodes(loss: Tensor) -> set[Any]:
     return nodes
 
 
-def _check_loss(loss: Any) -> Tensor:
+def _check_loss(loss: Any, allow_non_finite: bool = False) -> Tensor:
     if loss is None:
         raise TypeError(
             "Expected the loss function (or training_step) to return a scalar tensor or a dict with 'loss', got "
@@ -789,7 +800,7 @@ def _check_loss(loss: Any) -> Tensor:
             f"Expected the loss to be a scalar, got a tensor of shape {tuple(loss.shape)}. Take the mean over the "
             "samples of the batch."
         )
-    if not torch.isfinite(loss):
+    if not allow_non_finite and not torch.isfinite(loss):
         raise ValueError(
             f"Expected a finite loss, got {loss.item()}. The flatness of a diverged run is not defined: check the "
             "weights and the samples of the probe."

@@ -10,6 +10,7 @@ import lightning_flatness
 PACKAGE = Path(lightning_flatness.__file__).parent
 ORDER = [
     "callbacks",
+    "surface",
     "metrics",
     "estimators",
     "probe",

@@ -7,6 +7,7 @@ from lightning_flatness.geometry.optimizer import (
     OptimizerGeometry,
     unwrapped_optimizers,
 )
+from lightning_flatness.geometry.path import PathChart, PathGeometry
 from lightning_flatness.geometry.registry import GEOMETRIES, resolve_geometry
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "LinearGeometry",
     "MissingOptimizerStateError",
     "OptimizerGeometry",
+    "PathChart",
+    "PathGeometry",
     "resolve_geometry",
     "unwrapped_optimizers",
 ]

@@ -5,8 +5,11 @@ from __future__ import annotations
 from lightning_flatness.geometry.base import Geometry
 from lightning_flatness.geometry.linear import Element, Euclidean, Filter, Layer
 from lightning_flatness.geometry.optimizer import OptimizerGeometry
+from lightning_flatness.geometry.path import PathGeometry
 
-GEOMETRIES: dict[str, type[Geometry]] = {g.name: g for g in (Euclidean, Layer, Filter, Element, OptimizerGeometry)}
+GEOMETRIES: dict[str, type[Geometry]] = {
+    g.name: g for g in (Euclidean, Layer, Filter, Element, OptimizerGeometry, PathGeometry)
+}
 """The geometries that have a name. A ``Geometry`` object can be passed wherever a name can."""
 
 
@@ -14,7 +17,8 @@ def resolve_geometry(geometry: str | Geometry) -> Geometry:
     """Return the geometry that a name stands for; a ``Geometry`` object is returned as it is.
 
     Args:
-        geometry: ``"euclidean"``, ``"layer"``, ``"filter"``, ``"element"`` or ``"optimizer"``, or a ``Geometry``.
+        geometry: ``"euclidean"``, ``"layer"``, ``"filter"``, ``"element"``, ``"optimizer"`` or ``"path"``, or a
+            ``Geometry``.
 
     Returns:
         The geometry.

@@ -5,18 +5,21 @@ from lightning_flatness.metrics.density import SpectralDensity
 from lightning_flatness.metrics.eigenvalues import InvariantSharpness, TopEigenvalues
 from lightning_flatness.metrics.gradient_noise import GradientNoise, NoiseCurvatureRatio
 from lightning_flatness.metrics.layerwise import MinimumSharpness, RelativeFlatness
+from lightning_flatness.metrics.path import BasisPathBalance, PSISharpness
 from lightning_flatness.metrics.presets import Preset, preset_metrics
 from lightning_flatness.metrics.sharpness import AverageCaseSharpness, WorstCaseSharpness
 from lightning_flatness.metrics.trace import HessianTrace
 
 __all__ = [
     "AverageCaseSharpness",
+    "BasisPathBalance",
     "FlatnessMetric",
     "GradientNoise",
     "HessianTrace",
     "InvariantSharpness",
     "MinimumSharpness",
     "NoiseCurvatureRatio",
+    "PSISharpness",
     "Preset",
     "RelativeFlatness",
     "SpectralDensity",

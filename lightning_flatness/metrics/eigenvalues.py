@@ -105,7 +105,38 @@ class TopEigenvalues(FlatnessMetric):
         return result
 
 
-class InvariantSharpness(TopEigenvalues):
+class SpectralNorm(TopEigenvalues):
+    """The largest modulus of an eigenvalue of the Hessian in a geometry, a scalar: what named sharpness measures share.
+
+    Args:
+        geometry: The coordinates.
+        tol: Relative residual to reach.
+        max_products: Hessian-vector products to stop at in any case.
+        max_basis: Vectors of the size of the weights to keep at most.
+        seed: Seed of the random start.
+    """
+
+    def __init__(
+        self, geometry: str | Geometry, tol: float, max_products: int, max_basis: int | None, seed: int
+    ) -> None:
+        super().__init__(
+            k=1, geometry=geometry, which="LM", tol=tol, max_products=max_products, max_basis=max_basis, seed=seed
+        )
+        self.add_state("value", self.value.squeeze(0), dist_reduce_fx=self._reductions["value"])
+        self.add_state("error", self.error.squeeze(0), dist_reduce_fx=self._reductions["error"])
+
+    def measure(self, landscape: LossLandscape) -> None:
+        """Find the eigenvalue of largest modulus and keep its modulus."""
+        result = self._solve(landscape)
+        self.store(
+            result.eigenvalues[0].abs(),
+            result.residuals[0],
+            converged=result.converged,
+            num_products=result.num_products,
+        )
+
+
+class InvariantSharpness(SpectralNorm):
     r"""The rescaling-invariant sharpness of arXiv 1902.02434: the spectral norm of the Riemannian Hessian.
 
     With the metric ``<u, v>_w = sum_i <u_i, v_i> / ‖w_i‖_F²`` over the parameter tensors ``w_i``, this is
@@ -135,18 +166,4 @@ class InvariantSharpness(TopEigenvalues):
     """
 
     def __init__(self, tol: float = 1e-3, max_products: int = 300, max_basis: int | None = None, seed: int = 0) -> None:
-        super().__init__(
-            k=1, geometry="layer", which="LM", tol=tol, max_products=max_products, max_basis=max_basis, seed=seed
-        )
-        self.add_state("value", self.value.squeeze(0), dist_reduce_fx=self._reductions["value"])
-        self.add_state("error", self.error.squeeze(0), dist_reduce_fx=self._reductions["error"])
-
-    def measure(self, landscape: LossLandscape) -> None:
-        """Find the eigenvalue of largest modulus and keep its modulus."""
-        result = self._solve(landscape)
-        self.store(
-            result.eigenvalues[0].abs(),
-            result.residuals[0],
-            converged=result.converged,
-            num_products=result.num_products,
-        )
+        super().__init__("layer", tol, max_products, max_basis, seed)

@@ -1,0 +1,387 @@
+"""Pictures of the loss: its values along a line or over a plane through the current weights, in any geometry.
+
+A picture in weights alone shows what rescaling makes of it, and a rescaled network has any flatness one likes. So
+the axes are directions in the coordinates of a geometry, and distances are its distances.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.estimators import top_eigenvalues
+from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
+from lightning_flatness.landscape import LossLandscape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DIRECTIONS = ("random", "eigenvectors", "between")
+"""The directions that have a name. A tensor of coordinates can be passed wherever a name can."""
+
+_MAX_DOUBLINGS = 40
+
+
+@dataclass(frozen=True)
+class LossSurface:
+    """The loss on a line or a plane through one set of weights; made by :func:`loss_surface`.
+
+    Attributes:
+        x: Positions along the first direction, shape (num_points,), in float64 on the CPU as are the losses.
+        y: Positions along the second direction, or None on a line.
+        losses: Shape (num_points,), or (num_points, num_points) with one row for each ``y``; not finite where the loss
+            is not.
+        loss: The loss at the weights themselves, where both positions are 0.
+        directions: The directions in the coordinates of the geometry, one row each.
+        labels: What each direction is.
+        geometry: Name of the geometry.
+    """
+
+    x: Tensor
+    y: Tensor | None
+    losses: Tensor
+    loss: float
+    directions: Tensor
+    labels: tuple[str, ...]
+    geometry: str
+
+    @property
+    def num_missing(self) -> int:
+        """Number of points where the loss is not finite."""
+        return int((~torch.isfinite(self.losses)).sum())
+
+    def figure(self, title: str = "") -> Figure:
+        """Draw a curve or filled contours, with the current weights marked.
+
+        Args:
+            title: Text above the picture.
+
+        Returns:
+            A figure of its own, outside pyplot: nothing to close, and no backend is chosen.
+        """
+        return compare_surfaces([self], [title])
+
+
+def loss_surface(
+    landscape: LossLandscape,
+    directions: str | Tensor = "random",
+    geometry: str | Geometry = "euclidean",
+    *,
+    num_directions: int = 2,
+    other: Tensor | nn.Module | Sequence[Tensor | nn.Module] | None = None,
+    radius: float | None = None,
+    num_points: int = 21,
+    seed: int = 0,
+) -> LossSurface:
+    r"""Return the loss ``L(w(x d_1 + y d_2))`` on a grid of ``x`` (and ``y``) around the current weights.
+
+    The weights, buffers and random number generators are as before afterwards. Costs one forward pass over the samples
+    per point of the grid, a few more to choose the radius, and a Lanczos run where eigenvectors are asked for.
+
+    Args:
+        landscape: The loss.
+        directions: ``"random"``: standard normal in the coordinates of the geometry, orthonormalised.
+            ``"eigenvectors"``: of the largest eigenvalues of the Hessian in the geometry. ``"between"``: towards
+            ``other`` weights, which lie at 1 (in the path geometry: weights of the same network, up to rescaling).
+            Or a tensor of shape (num_coordinates,), (1, num_coordinates) or (2, num_coordinates), taken as it is.
+        geometry: The coordinates; see :mod:`lightning_flatness.geometry`. ``"filter"`` with random directions is the
+            filter normalisation of arXiv 1712.09913.
+        num_directions: 1 for a line, 2 for a plane; of random directions and eigenvectors.
+        other: One or two sets of weights, as flat vectors or modules of the same architecture.
+        radius: How far to go from 0, in lengths of the directions; those with a name have length 1. Default: so far
+            that the loss rises by one or doubles, whichever is more, to a factor of two. Between weights: from about
+            -0.5 to 1.5, whatever the radius. Pass the same radius for models that are to be compared.
+        num_points: Points per axis, an odd number: 0 is one of them.
+        seed: Seed of random directions and of the start of Lanczos.
+
+    Returns:
+        The losses; points where they are not finite are reported by a warning and left out of pictures.
+
+    Raises:
+        ValueError: If an argument is out of range; if directions have the wrong size, are zero, not finite or
+            parallel; or if the loss at the current weights is not finite.
+
+    Example:
+        >>> net = nn.Linear(1, 1, bias=False)
+        >>> net.weight.data = torch.zeros(1, 1)
+        >>> landscape = LossLandscape(net, [torch.ones(1, 1)], lambda net, x: net(x).square().mean())
+        >>> surface = loss_surface(landscape, torch.ones(1), radius=2.0, num_points=5)
+        >>> surface.losses
+        tensor([4., 1., 0., 1., 4.], dtype=torch.float64)
+    """
+    check_options(directions, num_directions, other, radius, num_points)
+    with landscape.measurement():
+        chart = landscape.chart(geometry := resolve_geometry(geometry))
+        loss = float(landscape.loss())
+        rows, labels = _directions(landscape, chart, geometry, directions, num_directions, other, seed)
+        _check_directions(rows, chart.num_coordinates)
+        if other is not None:
+            x = _positions_between(num_points)
+        else:
+            reach = radius if radius is not None else _choose_radius(landscape, chart, rows, loss)
+            x = torch.linspace(-reach, reach, num_points, dtype=torch.float64)
+            x[num_points // 2] = 0
+        y = x if len(rows) == 2 else None
+        losses = torch.stack(
+            [_losses(landscape, chart, rows, x, float(b)) for b in (torch.zeros(1) if y is None else y)]
+        )
+    surface = LossSurface(x, y, losses if y is not None else losses[0], loss, rows, labels, geometry.name)
+    if surface.num_missing:
+        warnings.warn(
+            f"The loss is not finite at {surface.num_missing} of {losses.numel()} points of the surface; they are left "
+            "out of its pictures. Choose a smaller `radius` to avoid that.",
+            stacklevel=2,
+        )
+    return surface
+
+
+def compare_surfaces(surfaces: Sequence[LossSurface], titles: Sequence[str] | None = None) -> Figure:
+    """Draw surfaces side by side on one scale of colours, or lines on one axis of losses.
+
+    Args:
+        surfaces: Lines or planes, all of the same kind and in the same geometry, of one or several models.
+        titles: Text above each.
+
+    Returns:
+        A figure of its own, outside pyplot; write it with ``figure.savefig(path)``.
+
+    Raises:
+        ValueError: If there are no surfaces, or they are of different kinds, or there is not one title for each.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    titles = [""] * len(surfaces) if titles is None else list(titles)
+    if len({(s.losses.dim(), s.geometry) for s in surfaces}) != 1 or len(titles) != len(surfaces):
+        raise ValueError(
+            "Expected one or more surfaces of the same number of directions in the same geometry, with a title each, "
+            f"got {[f'{s.losses.dim()}-d in {s.geometry!r}' for s in surfaces]} and {len(titles)} titles."
+        )
+    figure = Figure(figsize=(0.9 + 4.1 * len(surfaces), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(1, len(surfaces), squeeze=False, sharey=surfaces[0].y is None)[0]
+    if surfaces[0].y is None:
+        for axes, surface in zip(all_axes, surfaces, strict=True):
+            _draw_curve(axes, surface)
+        all_axes[0].set_ylabel("loss")
+    else:
+        levels = _levels(torch.cat([s.losses.flatten() for s in surfaces]))
+        for axes, surface in zip(all_axes, surfaces, strict=True):
+            mappable = _draw_contours(axes, surface, levels)
+        ticks = levels[:: max(1, len(levels) // 8)]
+        figure.colorbar(mappable, ax=all_axes, label="loss", ticks=ticks, format="%.3g")
+    for axes, surface, title in zip(all_axes, surfaces, titles, strict=True):
+        missing = f"{surface.num_missing} points without a finite loss (grey)" if surface.num_missing else ""
+        axes.set_title("\n".join(filter(None, [title, missing])), fontsize="medium")
+        unit = f"  [$10^{{{_exponent(surface)}}}$]" if _exponent(surface) else ""
+        axes.set_xlabel(f"{surface.labels[0]}, geometry '{surface.geometry}'{unit}")
+        if surface.y is not None:
+            axes.set_ylabel(f"{surface.labels[1]}{unit}")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+def _losses(landscape: LossLandscape, chart: Chart, rows: Tensor, x: Tensor, y: float) -> Tensor:
+    """Return the losses of one row of the grid."""
+    losses = torch.full(x.shape, math.nan, dtype=torch.float64)
+    for i, position in enumerate(x.tolist()):
+        z = position * rows[0] if len(rows) == 1 else position * rows[0] + y * rows[1]
+        losses[i] = _loss_at(landscape, chart, z)
+    return losses
+
+
+def _loss_at(landscape: LossLandscape, chart: Chart, z: Tensor) -> float:
+    displacement = chart.displacement(z)
+    if not bool(torch.isfinite(displacement).all()):
+        return math.nan
+    with landscape.displaced(displacement):
+        return float(landscape.loss(allow_non_finite=True))
+
+
+def _choose_radius(landscape: LossLandscape, chart: Chart, rows: Tensor, loss: float) -> float:
+    """Return the power of two times the start at which the loss along the axes has risen far enough."""
+    threshold = loss + max(1.0, abs(loss))
+
+    def is_far(radius: float) -> bool:
+        ends = (sign * radius * row for row in rows for sign in (1, -1))
+        return not all(_loss_at(landscape, chart, z) < threshold for z in ends)  # far, too, if it is not finite
+
+    radius = 1.0 if math.isinf(chart.radius) else chart.radius
+    if is_far(radius):
+        for _ in range(_MAX_DOUBLINGS):
+            radius /= 2
+            if not is_far(radius):
+                return 2 * radius
+        return radius
+    for _ in range(_MAX_DOUBLINGS):
+        radius *= 2
+        if is_far(radius):
+            break
+    return radius
+
+
+def _positions_between(num_points: int) -> Tensor:
+    """Return equidistant positions of which one is 0 and one is 1, half of them between those."""
+    num_steps = max(1, round((num_points - 1) / 2))
+    first = (num_points - 1 - num_steps) // 2
+    return (torch.arange(num_points, dtype=torch.float64) - first) / num_steps
+
+
+# ------------------------------------------------------------------------------------------------------ directions
+
+
+def _directions(
+    landscape: LossLandscape,
+    chart: Chart,
+    geometry: Geometry,
+    directions: str | Tensor,
+    num_directions: int,
+    other: Tensor | nn.Module | Sequence[Tensor | nn.Module] | None,
+    seed: int,
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Return the directions as rows, and what to call them."""
+    size = chart.num_coordinates
+    if isinstance(directions, Tensor):
+        rows = directions.to(landscape.device, landscape.dtype)
+        rows = rows[None] if rows.dim() == 1 else rows
+        return rows, tuple(f"direction {i}" for i in range(1, len(rows) + 1))
+    if other is not None:
+        others = [other] if isinstance(other, Tensor | nn.Module) else list(other)
+        rows = torch.stack([chart.coordinates(_displacement_to(landscape, o)) for o in others])
+        return rows, tuple(
+            f"towards other weights (at 1{', ' + 'xy'[i] if len(others) > 1 else ''})" for i in range(len(others))
+        )
+    if num_directions > size:
+        raise ValueError(
+            f"Expected `num_directions` to be at most the number of coordinates, {size}, got {num_directions}."
+        )
+    if directions == "random":
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(size, num_directions, generator=generator, dtype=torch.float64)
+        rows = torch.linalg.qr(drawn).Q.T.to(landscape.device, landscape.dtype)
+        return rows, tuple(f"random direction {i}" for i in range(1, num_directions + 1))
+    result = top_eigenvalues(landscape, geometry, k=num_directions, seed=seed)
+    if not result.converged:
+        warnings.warn(
+            f"The eigenvectors have not converged: residuals {result.residuals.tolist()} of eigenvalues "
+            f"{result.eigenvalues.tolist()}. Directions are approximate.",
+            stacklevel=3,
+        )
+    return result.eigenvectors, tuple(
+        f"eigenvector {i} ($\\lambda$ = {value:.3g})" for i, value in enumerate(result.eigenvalues.tolist(), 1)
+    )
+
+
+def _displacement_to(landscape: LossLandscape, other: Tensor | nn.Module) -> Tensor:
+    if isinstance(other, nn.Module):
+        other = torch.cat([p.detach().reshape(-1) for p in other.parameters() if p.requires_grad])
+    if other.shape != (landscape.num_parameters,):
+        raise ValueError(
+            f"Expected `other` to be weights of the same module, {landscape.num_parameters} in a flat vector, got "
+            f"shape {tuple(other.shape)}."
+        )
+    here = torch.cat([p.detach().reshape(-1) for p in landscape.parameters])
+    return other.to(landscape.device, landscape.dtype) - here.to(landscape.dtype)
+
+
+def check_options(directions: Any, num_directions: Any, other: Any, radius: Any, num_points: Any) -> None:
+    """Check what can be checked of the arguments of :func:`loss_surface` without a landscape.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if not isinstance(directions, Tensor) and directions not in DIRECTIONS:
+        raise ValueError(f"Expected `directions` to be one of {list(DIRECTIONS)} or a tensor, got {directions!r}.")
+    if (isinstance(directions, str) and directions == "between") != (other is not None):
+        raise ValueError(
+            "Expected `other` weights with directions='between' and only then, got "
+            f"{'none' if other is None else 'some'}. Pass other=module or other=flat_vector."
+        )
+    if isinstance(other, list | tuple) and len(other) not in (1, 2):
+        raise ValueError(f"Expected `other` to be one or two sets of weights, got {len(other)}.")
+    if num_directions not in (1, 2):
+        raise ValueError(f"Expected `num_directions` to be 1 or 2, got {num_directions!r}.")
+    if radius is not None and not 0 < radius < math.inf:
+        raise ValueError(f"Expected `radius` to be a positive number or None, got {radius!r}.")
+    if not isinstance(num_points, int) or num_points < 3 or num_points % 2 == 0:
+        raise ValueError(
+            f"Expected `num_points` to be an odd integer >= 3, so that 0 is among them, got {num_points!r}."
+        )
+
+
+def _check_directions(rows: Tensor, size: int) -> None:
+    if rows.dim() != 2 or len(rows) not in (1, 2) or rows.shape[1] != size:
+        raise ValueError(
+            f"Expected one or two directions with one entry per coordinate, of shape ({size},), (1, {size}) or "
+            f"(2, {size}), got {tuple(rows.shape)}."
+        )
+    norms = torch.linalg.vector_norm(rows.double(), dim=1)
+    if not bool(torch.isfinite(norms).all()) or bool((norms == 0).any()):
+        raise ValueError(f"Expected directions other than zero with finite entries, got norms {norms.tolist()}.")
+    if len(rows) == 2:
+        unit = rows.double() / norms[:, None]
+        if float(torch.linalg.vector_norm(unit[1] - (unit[0] @ unit[1]) * unit[0])) < 1e-6:
+            raise ValueError(
+                "Expected two directions that span a plane, got parallel ones. Pass one of them for a line."
+            )
+
+
+# --------------------------------------------------------------------------------------------------------- drawing
+
+
+def _draw_curve(axes: Axes, surface: LossSurface) -> None:
+    finite = torch.isfinite(surface.losses)
+    x = surface.x / 10.0 ** _exponent(surface)
+    axes.plot(x, surface.losses.where(finite, torch.nan), marker="o", markersize=3, color="C0")
+    for position in x[~finite].tolist():
+        axes.axvspan(*_cell(x, position), color="0.85", linewidth=0)
+    axes.plot(0, surface.loss, marker="*", markersize=13, color="C3", linestyle="none", label="current weights")
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def _draw_contours(axes: Axes, surface: LossSurface, levels: list[float]) -> Any:
+    from matplotlib.colors import BoundaryNorm
+
+    assert surface.y is not None
+    losses = surface.losses.where(torch.isfinite(surface.losses), torch.nan).numpy()
+    x, y = (positions / 10.0 ** _exponent(surface) for positions in (surface.x, surface.y))
+    axes.set_facecolor("0.85")
+    norm = BoundaryNorm(levels, ncolors=256, extend="max")
+    mappable = axes.contourf(x, y, losses, levels=levels, norm=norm, cmap="viridis", extend="max")
+    axes.contour(x, y, losses, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
+    axes.plot(0, 0, marker="*", markersize=13, color="C3", markeredgecolor="white", linestyle="none")
+    return mappable
+
+
+def _exponent(surface: LossSurface) -> int:
+    """Return the power of ten to take out of positions that are awkward to print."""
+    largest = float(surface.x.abs().max())
+    return 0 if 0.05 <= largest < 1000 else math.floor(math.log10(largest))
+
+
+def _levels(losses: Tensor) -> list[float]:
+    """Return boundaries of colours: equally wide rings of a paraboloid, without the far tail of the losses."""
+    finite = losses[torch.isfinite(losses)]
+    if not len(finite):
+        return [0.0, 1.0]
+    low, middle, high = float(finite.min()), float(finite.median()), float(finite.max())
+    if middle > low:
+        high = min(high, low + 20 * (middle - low))
+    if high <= low:
+        high = low + max(abs(low), 1.0) * 1e-6
+    return [low + (high - low) * (i / 24) ** 2 for i in range(25)]
+
+
+def _cell(x: Tensor, position: float) -> tuple[float, float]:
+    half = float(x[1] - x[0]) / 2
+    return position - half, position + half
