@@ -157,19 +157,20 @@ class ReplayedPass:
     def again(self) -> Iterator[None]:
         """Guard the second pass. Nothing is logged inside."""
         end = self._start.present()
-        originals = [(p, p.data) for p, _ in self._frozen]
+        # The pass may have unfrozen some of them; those are the caller's now, who may have moved them.
+        frozen = [(p, p.data, copied) for p, copied in self._frozen if not p.requires_grad]
         with preserved_rng(self._device):
             try:
                 self._start.restore()
                 self._start_rng()
                 for buffers, copies in self._buffers:
                     buffers.update(copies)
-                for parameter, copied in self._frozen:
+                for parameter, _, copied in frozen:
                     parameter.data = copied
                 with _muted_logging(self._module):
                     yield
             finally:
-                for parameter, original in originals:
+                for parameter, original, _ in frozen:
                     parameter.data = original
                 end.restore()  # the dictionaries of buffers too
 
