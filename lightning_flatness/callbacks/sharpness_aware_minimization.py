@@ -282,11 +282,14 @@ class _RecordedStep:
         # Also those of parameters that the optimizer does not hold: they would be counted twice.
         parameters = {id(p): p for p in (*optimized_parameters(trainer.optimizers[0]), *self._module.parameters())}
         wrapped = trainer.strategy.model
-        in_buckets = isinstance(wrapped, DistributedDataParallel) and wrapped.gradient_as_bucket_view
         for p in parameters.values():
-            # A gradient that is a view of DDP's bucket would be overwritten by the next backward.
-            self._aside.append((p, p.grad.clone() if in_buckets and p.grad is not None else p.grad))
-            p.grad = None
+            gradient, p.grad = p.grad, None
+            if gradient is not None and isinstance(wrapped, DistributedDataParallel):
+                # DDP remembers what the microbatches before used, and expects a gradient there. A gradient that is a
+                # view of its bucket would be overwritten by the next backward.
+                p.grad = torch.zeros_like(gradient)
+                gradient = gradient.clone() if wrapped.gradient_as_bucket_view else gradient
+            self._aside.append((p, gradient))
 
     def bring_gradients_back(self) -> None:
         for p, gradient in self._aside:
