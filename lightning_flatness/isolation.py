@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 Mode = Literal["eval", "train"]
 
@@ -235,10 +236,36 @@ def twice_differentiable(module: nn.Module, device: torch.device) -> Iterator[No
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_mha_fastpath_disabled())
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(_disabled(torch.backends.cudnn))
+            stack.enter_context(_disabled(torch.backends.mkldnn))
         stack.enter_context(_eager())
         yield
+
+
+class DifferentiableWeightNorm(TorchFunctionMode):
+    """Computes ``torch._weight_norm`` from elementary operators: the second derivative of the fused one is wrong.
+
+    (torch 2.13 takes the norm for a constant there. A test fails when that is mended or the name moves.)
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            v, g, dim = (*args, 0)[:3]
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _disabled(backend: Any) -> Iterator[None]:
+    # Not backend.flags(enabled=False), which sets the other flags, too, and warns of them on some machines.
+    enabled = backend.enabled
+    backend.enabled = False
+    try:
+        yield
+    finally:
+        backend.enabled = enabled
 
 
 @contextmanager

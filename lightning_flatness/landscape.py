@@ -11,21 +11,22 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from lightning_flatness.batches import infer_batch_size, prepare_batch
 from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
-from lightning_flatness.isolation import Isolation, Mode, isolated, preserved_rng
+from lightning_flatness.isolation import DifferentiableWeightNorm, Isolation, Mode, isolated, preserved_rng
 
 LossFunction: TypeAlias = Callable[[nn.Module, Any], Any]
 """``loss_fn(module, batch)``: the mean loss over the samples of ``batch``, a scalar tensor or a dict with "loss"."""
@@ -124,12 +125,7 @@ class LossLandscape:
         batch_size_fn: Callable[[Any], int] | None = None,
         seed: int = 0,
     ) -> None:
-        if mode not in ("eval", "train"):
-            raise ValueError(f"Expected `mode` to be 'eval' or 'train', got {mode!r}.")
-        if differentiation not in ("auto", "exact", "finite_difference"):
-            raise ValueError(
-                f"Expected `differentiation` to be 'auto', 'exact' or 'finite_difference', got {differentiation!r}."
-            )
+        check_options(mode, differentiation)
         self.module = module.module if isinstance(module, DistributedDataParallel) else module
         self.loss_fn = loss_fn if loss_fn is not None else _training_step_of(self.module)
         self.mode: Mode = mode
@@ -156,6 +152,7 @@ class LossLandscape:
         self._graphs: list[_Graph | None] | None = None
         self._charts: dict[str | Geometry, Chart] = {}
         self._step_factor: float | None = None
+        self._is_inspected = self._has_custom_functions = self._has_weight_norm = self._is_verified = False
 
     # ----------------------------------------------------------------------------------------- one measurement
 
@@ -171,7 +168,8 @@ class LossLandscape:
             The landscape itself.
         """
         if self._isolation is not None:
-            yield self
+            with torch.inference_mode(False), torch.enable_grad():  # Metric.update has turned gradients off again
+                yield self
             return
         with isolated(self.module, self.mode, self.device, self.seed) as self._isolation:
             self._graphs = [None] * len(self.batches)
@@ -264,7 +262,9 @@ class LossLandscape:
         with self.measurement():
             if self.differentiation != "finite_difference":
                 try:
-                    return self._exact_hvp(v)
+                    product = self._exact_hvp(v)
+                    self._verify_custom_functions(v, product)
+                    return product
                 except NotTwiceDifferentiableError as error:
                     self._fall_back(error)
             return self._finite_difference_hvp(v)
@@ -294,7 +294,7 @@ class LossLandscape:
                 outputs, self.parameters, directions, retain_graph=kept is not None, allow_unused=True
             )
         except RuntimeError as error:
-            raise _second_derivative_error(error) from error
+            raise _from_autograd(error) from error
 
     def _differentiated_batch(self, index: int) -> _Graph:
         storages: dict[int, int] = {}
@@ -306,12 +306,38 @@ class LossLandscape:
 
         with saved_tensors_hooks(note, lambda tensor: tensor):
             loss = self._batch_loss(index)
+            if not self._is_inspected and self._must_rewrite(loss):
+                loss = self._batch_loss(index)
             try:
                 gradient = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
             except RuntimeError as error:
-                raise _second_derivative_error(error) from error
+                raise _from_autograd(error) from error
         self.cost.gradient_evaluations += self.batch_sizes[index] / max(1, sum(self.batch_sizes))
         return _Graph(gradient, sum(storages.values()))
+
+    def _must_rewrite(self, loss: Tensor) -> bool:
+        """Look for operators whose second derivative may be wrong; return whether one was replaced."""
+        operators = [type(node) if isinstance(node, BackwardCFunction) else node.name() for node in _graph_nodes(loss)]
+        self._is_inspected = True
+        self._has_custom_functions = any(isinstance(operator, type) for operator in operators)
+        self._has_weight_norm = "WeightNormInterfaceBackward0" in operators
+        return self._has_weight_norm
+
+    def _verify_custom_functions(self, v: Tensor, product: Tensor) -> None:
+        """Compare the first product with finite differences if the module uses ``torch.autograd.Function``.
+
+        The derivative of such a function's ``backward`` can be missing without an error (even where it is marked as
+        ``once_differentiable``, autograd skips the node that would raise); built-in operators have it or raise.
+        """
+        if self._is_verified or not self._has_custom_functions:
+            return
+        self._is_verified = True
+        numeric = self._finite_difference_hvp(v)
+        error, self.product_error = self.product_error, 0.0
+        difference = torch.linalg.vector_norm(product - numeric)
+        if difference > max(_VERIFICATION_TOLERANCE, 5 * error) * torch.linalg.vector_norm(numeric):
+            self.product_error = error
+            raise _second_derivative_error("a torch.autograd.Function whose backward is not differentiable.")
 
     def _fall_back(self, error: NotTwiceDifferentiableError) -> None:
         if self.differentiation == "exact":
@@ -366,16 +392,24 @@ class LossLandscape:
 
     def _batch_loss(self, index: int) -> Tensor:
         assert self._isolation is not None
-        with self._isolation.forward_pass(index):
+        rewriting = DifferentiableWeightNorm() if self._has_weight_norm else nullcontext()
+        with self._isolation.forward_pass(index), rewriting:
             output = self.loss_fn(self.module, self.batches[index])
-        return _check_loss(output["loss"] if isinstance(output, Mapping) and "loss" in output else output)
+        loss = _check_loss(output["loss"] if isinstance(output, Mapping) and "loss" in output else output)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise RuntimeError(
+                "Expected a loss that depends on the trainable parameters, got one that does not. Check for `detach`, "
+                "`no_grad` or `item` between the parameters and the loss."
+            )
+        return loss
 
     def _mean_over_samples(self, local: Callable[[int], Sequence[Tensor | None]], size: int) -> Tensor:
         """Return ``sum_b n_b f_b / N`` over the batches of all ranks, with one all-reduce.
 
-        Two more entries carry failures: without them a rank that raises would leave the others waiting.
+        Three more entries tell the other ranks what all of them have to react to: a failure, an operator without a
+        second derivative, a custom function. Without them one rank would leave the others waiting.
         """
-        total = torch.zeros(size + 2, dtype=self.dtype, device=self.device)
+        total = torch.zeros(size + 3, dtype=self.dtype, device=self.device)
         views = self.unflatten(total[:size]) if size == self.num_parameters else [total[:size]]
         failure: Exception | None = None
         try:
@@ -387,8 +421,11 @@ class LossLandscape:
             failure = error
             total[size + int(isinstance(error, NotTwiceDifferentiableError))] = 1
         if _is_distributed():
+            total[size + 2] = self._has_custom_functions
             dist.all_reduce(total)
-            failure = _common_failure(failure, total[size:].tolist())
+            *num_failures, num_custom = total[size:].tolist()
+            failure = _common_failure(failure, num_failures)
+            self._has_custom_functions = num_custom > 0
         if failure is not None:
             raise failure
         if self.on_evaluation is not None:
@@ -424,6 +461,24 @@ class LossLandscape:
             )
 
 
+def check_options(mode: str, differentiation: str) -> None:
+    """Check the options of a landscape that are one of a few words.
+
+    Args:
+        mode: See :class:`LossLandscape`.
+        differentiation: See :class:`LossLandscape`.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"Expected `mode` to be 'eval' or 'train', got {mode!r}.")
+    if differentiation not in get_args(Differentiation):
+        raise ValueError(
+            f"Expected `differentiation` to be 'auto', 'exact' or 'finite_difference', got {differentiation!r}."
+        )
+
+
 def _common_failure(own: Exception | None, counts: list[float]) -> Exception | None:
     """Return what this rank is to raise, so that all ranks raise, or fall back, together."""
     num_failed, num_without_second_derivative = counts
@@ -435,20 +490,36 @@ def _common_failure(own: Exception | None, counts: list[float]) -> Exception | N
     return None
 
 
-def _second_derivative_error(error: RuntimeError) -> RuntimeError:
+def _from_autograd(error: RuntimeError) -> RuntimeError:
     """Return the error to raise when differentiating twice failed: ours if that is the reason, else the same."""
-    if not _NO_SECOND_DERIVATIVE.search(str(error)):
-        return error
+    return _second_derivative_error(str(error)) if _NO_SECOND_DERIVATIVE.search(str(error)) else error
+
+
+def _second_derivative_error(reason: str) -> NotTwiceDifferentiableError:
     return NotTwiceDifferentiableError(
-        f"Expected operators with a second derivative, got one without: {error} Replace the operator, or pass "
+        f"Expected operators with a second derivative, got one without: {reason} Replace the operator, or pass "
         "differentiation='finite_difference' to differentiate the gradient numerically."
     )
 
+
+_VERIFICATION_TOLERANCE = 0.05
 
 _NO_SECOND_DERIVATIVE = re.compile(
     r"derivative for .* is not implemented|differentiate twice|once_differentiable|double.?backward",
     re.IGNORECASE,
 )
+
+
+def _graph_nodes(loss: Tensor) -> set[Any]:
+    """Return the nodes of the graph of a loss."""
+    nodes: set[Any] = set()
+    pending: list[Any] = [loss.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            pending.extend(following for following, _ in node.next_functions)
+    return nodes
 
 
 def _check_loss(loss: Any) -> Tensor:

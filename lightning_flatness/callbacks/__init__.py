@@ -1,5 +1,6 @@
-"""Callbacks for the Lightning Trainer: training that seeks flat minima."""
+"""Lightning callbacks."""
 
+from lightning_flatness.callbacks.flatness_monitor import FlatnessMonitor
 from lightning_flatness.callbacks.sharpness_aware_minimization import SharpnessAwareMinimization
 
-__all__ = ["SharpnessAwareMinimization"]
+__all__ = ["FlatnessMonitor", "SharpnessAwareMinimization"]

@@ -25,8 +25,8 @@ class TopEigenvalues(FlatnessMetric):
         k: Number of eigenvalues.
         geometry: ``"euclidean"``, ``"layer"``, ``"filter"``, ``"element"``, or a ``Geometry``.
         which: ``"LA"``: largest; ``"SA"``: most negative; ``"LM"``: of largest modulus.
-        tol: Relative residual ``‖H y - theta y‖ / |theta|`` to reach; the relative error of the eigenvalue is mostly far
-            smaller, of the order of its square.
+        tol: Relative residual ``‖H y - theta y‖ / |theta|`` to reach. The relative error of the eigenvalue is mostly
+            far smaller, of the order of its square.
         max_products: Hessian-vector products to stop at in any case; ``converged`` is then False.
         max_basis: Vectors of the size of the weights to keep at most.
         seed: Seed of the random start.
@@ -72,6 +72,11 @@ class TopEigenvalues(FlatnessMetric):
         self.seed = seed
         self.distinguish(k, self.geometry, which, tol, max_products, max_basis, seed)
         self._previous: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget the latest value, and its eigenvectors as a start of the next measurement."""
+        super().reset()
+        self._previous = None
 
     def measure(self, landscape: LossLandscape) -> None:
         """Find the eigenvalues, starting from the eigenvectors of the previous measurement."""

@@ -1,0 +1,346 @@
+"""Flatness curves of a training run: when to measure, on which samples, and under which names to log.
+
+What is measured is left to the metrics, how to leave no trace to the landscape. Values go to the loggers
+themselves, at ``trainer.global_step``, the number of optimizer steps behind the weights that were measured;
+``pl_module.log`` would put the first epoch of a one-step epoch on top of the value before training.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_flatness.geometry import Euclidean
+from lightning_flatness.isolation import Mode, seeded
+from lightning_flatness.landscape import Differentiation, LossFunction, LossLandscape, check_options
+from lightning_flatness.metrics import FlatnessMetric, InvariantSharpness, TopEigenvalues
+from lightning_flatness.probe import SeenBatches, can_index, draw_probe
+
+_UNSUPPORTED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+_FIRST_MESSAGE_AFTER = 10.0
+
+
+class FlatnessMonitor(Callback):
+    r"""Measures how sharp the minimum is that training moves to, and logs it, without changing the run.
+
+    Measures before training and at the end of training epochs, always on the same samples, and logs to every
+    logger at the current ``global_step``, and to ``trainer.callback_metrics`` (for ``ModelCheckpoint`` and
+    ``EarlyStopping``):
+
+    - ``flatness/lambda_max``: the largest eigenvalue of the Hessian of the loss; ``flatness/lambda_2`` …
+      with ``top_k``.
+    - ``flatness/invariant_sharpness``: the spectral norm of the Hessian per relative change of a layer
+      (arXiv 1902.02434), which rescaling the layers does not change.
+    - ``flatness/lambda_max_residual``, ``flatness/invariant_sharpness_residual``: the error of each value, in
+      its units.
+    - ``flatness/edge_of_stability``: ``eta · lambda_max / 2`` with the largest current learning rate; plain gradient
+      descent is unstable above 1 (arXiv 2103.00065).
+    - ``flatness/seconds``, ``flatness/gradient_evaluations``: what the measurement cost; the latter in gradients of the
+      loss on the whole probe.
+
+    With the monitor, training gives the same weights, optimizer state, buffers, random numbers and logged values,
+    bit for bit, as without it.
+
+    Args:
+        metrics: What to measure, by name: ``{"sharpest": TopEigenvalues(k=3)}`` logs ``flatness/sharpest``,
+            ``flatness/sharpest_2``, ``flatness/sharpest_3`` and their residuals. Default: lambda_max and
+            invariant sharpness.
+        top_k: How many eigenvalues the default metrics log.
+        every_n_epochs: Measure at the end of every n-th training epoch; None for never.
+        every_n_steps: Measure after every n-th optimizer step, too; None for never.
+        probe_size: Number of samples to measure on, over all ranks. The choice depends on ``seed`` and the dataset
+            alone, not on batch size or ranks. From a dataset without a length: the first samples that training sees.
+        probe_batch_size: Samples per forward pass. Default: the loader's batch size, 128 at most.
+        split: Draw the samples from the ``"train"`` or the ``"val"`` dataloader (the first, of several).
+        loss_fn: ``loss_fn(module, batch)`` returns the mean loss of a batch, a scalar tensor or a dict with
+            ``"loss"``. Default: the module's ``training_step``, whose logging is muted.
+        mode: Measure the module in ``"eval"`` or in ``"train"`` mode.
+        tol: Relative Ritz residual at which the default metrics stop.
+        log_key_prefix: Put before every name.
+        differentiation: ``"auto"``, ``"exact"`` or ``"finite_difference"``; see :class:`LossLandscape`.
+        seed: Seed of the choice of samples and of all random numbers of a measurement.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: In ``setup``, if the Trainer or module cannot be measured.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[FlatnessMonitor(top_k=5)], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        metrics: dict[str, FlatnessMetric] | None = None,
+        top_k: int = 1,
+        every_n_epochs: int | None = 1,
+        every_n_steps: int | None = None,
+        probe_size: int = 512,
+        probe_batch_size: int | None = None,
+        split: Literal["train", "val"] = "train",
+        loss_fn: LossFunction | None = None,
+        mode: Mode = "eval",
+        tol: float = 1e-2,
+        log_key_prefix: str = "flatness/",
+        differentiation: Differentiation = "auto",
+        seed: int = 0,
+    ) -> None:
+        _check_positive("probe_size", probe_size)
+        for name, value in [("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)]:
+            if value is not None:
+                _check_positive(name, value)
+        if probe_batch_size is not None:
+            _check_positive("probe_batch_size", probe_batch_size)
+        if split not in ("train", "val"):
+            raise ValueError(f"Expected `split` to be 'train' or 'val', got {split!r}.")
+        check_options(mode, differentiation)
+        if metrics is None:
+            metrics = {
+                "lambda_max": TopEigenvalues(k=top_k, tol=tol, seed=seed),
+                "invariant_sharpness": InvariantSharpness(tol=tol, seed=seed),
+            }
+        _check_metrics(metrics)
+        self.metrics = metrics
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.probe_size = probe_size
+        self.probe_batch_size = probe_batch_size
+        self.split = split
+        self.loss_fn = loss_fn
+        self.mode: Mode = mode
+        self.log_key_prefix = log_key_prefix
+        self.differentiation: Differentiation = differentiation
+        self.seed = seed
+        self._probe: list[Any] | None = None
+        self._is_transferred = False
+        self._seen: SeenBatches | None = None
+        self._last_step: int | None = None
+        self._warned: set[str] = set()
+
+    # -------------------------------------------------------------------------------------------------- hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that this module can be measured under this Trainer."""
+        if stage != "fit":
+            return
+        self._probe = self._seen = self._last_step = None
+        self._is_transferred = False
+        for metric in self.metrics.values():
+            metric.reset()
+        if not pl_module.automatic_optimization and self.loss_fn is None:
+            raise MisconfigurationException(
+                "Expected `FlatnessMonitor(loss_fn=...)` for a module with manual optimization, whose `training_step` "
+                "updates the weights itself. HINT: pass loss_fn=lambda module, batch: ... that returns the mean loss "
+                "of a batch."
+            )
+        names = {base.__name__ for base in type(trainer.strategy).__mro__}
+        if unsupported := names & _UNSUPPORTED_STRATEGIES:
+            raise MisconfigurationException(
+                f"Expected a strategy that keeps all weights on every rank, got {unsupported.pop()}, which shards "
+                "them. "
+                "HINT: use strategy='ddp' or a single device, or measure checkpoints of this run with LossLandscape."
+            )
+        if trainer.barebones:
+            rank_zero_info("FlatnessMonitor measures nothing under `Trainer(barebones=True)`, which disables logging.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the samples and measure once before training."""
+        if trainer.barebones:
+            return
+        self._draw_probe(trainer)
+        if trainer.global_step > 0:
+            self._last_step = trainer.global_step  # a resumed run: these weights have been measured before
+        elif self._probe is not None:
+            self._measure_and_log(trainer, pl_module, on_step=False)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Collect samples where they cannot be drawn."""
+        if self._seen is not None and self._probe is None:
+            self._seen.collect(batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure after every n-th optimizer step."""
+        step = trainer.global_step
+        if self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0:
+            self._measure_once(trainer, pl_module, on_step=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure at the end of every n-th epoch."""
+        if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._measure_once(trainer, pl_module, on_step=False)
+
+    # ---------------------------------------------------------------------------------------------- measuring
+
+    def _measure_once(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
+        if trainer.barebones or trainer.global_step == self._last_step:
+            return
+        if self._seen is not None and (self._seen.is_complete or not on_step):
+            self._probe, self._seen, self._is_transferred = self._seen.batches, None, True
+        if self._probe is not None:
+            self._measure_and_log(trainer, pl_module, on_step=on_step)
+
+    def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
+        values = self._measure(trainer, pl_module)
+        self._last_step = trainer.global_step
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        for key, value in values.items():
+            # The loggers have it; this is for callback_metrics. Ranks agree: sync_dist keeps Lightning from asking.
+            pl_module.log(key, value, logger=False, on_step=on_step, on_epoch=not on_step, sync_dist=True, batch_size=1)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        start = time.perf_counter()
+        values: dict[str, float] = {}
+        # The precision plugin's context is for the default dtype of 64-true; the landscape turns autocast off.
+        with trainer.precision_plugin.train_step_context():
+            landscape = self._landscape(trainer, pl_module)
+            landscape.on_evaluation = _Progress(trainer, landscape)
+            with landscape.measurement():
+                for name, metric in self.metrics.items():
+                    metric.to(landscape.device).update(landscape)
+                    values |= self._named_values(name, metric)
+        self.differentiation = landscape.differentiation  # what "auto" came down to, so that it warns once
+        if (lambda_max := self._lambda_max(values)) is not None:
+            values["edge_of_stability"] = _largest_learning_rate(trainer) * lambda_max / 2
+        values["gradient_evaluations"] = landscape.cost.gradient_evaluations
+        values["seconds"] = time.perf_counter() - start
+        return {f"{self.log_key_prefix}{name}": value for name, value in values.items()}
+
+    def _landscape(self, trainer: Trainer, pl_module: LightningModule) -> LossLandscape:
+        assert self._probe is not None
+        batches = self._probe
+        if not self._is_transferred:
+            with seeded(self.seed, pl_module.device):
+                batches = [_transferred(trainer, pl_module, batch) for batch in batches]
+        return LossLandscape(
+            pl_module,
+            batches,
+            self.loss_fn,
+            mode=self.mode,
+            differentiation=self.differentiation,
+            seed=self.seed,
+        )
+
+    def _named_values(self, name: str, metric: FlatnessMetric) -> dict[str, float]:
+        named: dict[str, float] = {}
+        value, error = metric.compute().flatten().tolist(), metric.error.flatten().tolist()
+        for i, (v, e) in enumerate(zip(value, error, strict=True), start=1):
+            key = name if i == 1 else f"{name.removesuffix('_max')}_{i}"
+            named |= {key: v, f"{key}_residual": e}
+        if not metric.converged and name not in self._warned:
+            self._warned.add(name)
+            rank_zero_warn(
+                f"FlatnessMonitor: '{self.log_key_prefix}{name}' did not converge within "
+                f"{int(metric.num_products)} Hessian-vector products: {value[0]:.4g} with a residual of "
+                f"{error[0]:.2g}. The curves of the residuals show by how much. HINT: pass metrics with a larger "
+                "`max_products` or `tol`."
+            )
+        return named
+
+    def _lambda_max(self, values: dict[str, float]) -> float | None:
+        for name, metric in self.metrics.items():
+            if isinstance(metric, TopEigenvalues) and isinstance(metric.geometry, Euclidean) and metric.which == "LA":
+                return values[name]
+        return None
+
+    # -------------------------------------------------------------------------------------------------- probe
+
+    def _draw_probe(self, trainer: Trainer) -> None:
+        loader = trainer.train_dataloader if self.split == "train" else _first_loader(trainer.val_dataloaders)
+        if loader is None:
+            raise MisconfigurationException(
+                f"Expected a {self.split} dataloader for FlatnessMonitor(split={self.split!r}), got none. HINT: define "
+                f"`{self.split}_dataloader`, do not limit its batches to 0, or choose the other split."
+            )
+        if can_index(loader):
+            self._probe = draw_probe(
+                loader,
+                self.probe_size,
+                batch_size=self.probe_batch_size,
+                max_batches=trainer.num_training_batches if self.split == "train" else float("inf"),
+                seed=self.seed,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+            )
+        elif self.split == "train":
+            self._seen = SeenBatches(-(-self.probe_size // trainer.world_size))
+            rank_zero_info(
+                "FlatnessMonitor: the training data has no length, or several loaders; measuring on the first "
+                f"{self.probe_size} samples that training sees, from the end of the first epoch on."
+            )
+        else:
+            raise MisconfigurationException(
+                "Expected a validation dataset with a length for FlatnessMonitor(split='val'). HINT: use split='train'."
+            )
+
+
+def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """Do to a batch what the training loop does to it before the training step, the user's hooks included."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    datamodule = getattr(trainer, "datamodule", None)
+    source: Any = datamodule if _overrides(datamodule, "on_before_batch_transfer") else pl_module
+    batch = source.on_before_batch_transfer(batch, 0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _overrides(instance: Any, hook: str) -> bool:
+    own = [c for c in type(instance).__mro__ if not c.__module__.startswith(("lightning.", "pytorch_lightning."))]
+    return any(hook in vars(c) for c in own)
+
+
+def _first_loader(loaders: Any) -> Any:
+    if isinstance(loaders, list | tuple):
+        return loaders[0] if loaders else None
+    return loaders
+
+
+def _largest_learning_rate(trainer: Trainer) -> float:
+    return max((float(g["lr"]) for o in trainer.optimizers for g in o.param_groups if "lr" in g), default=float("nan"))
+
+
+class _Progress:
+    """Says, after a while and ever more rarely, that a long measurement is under way."""
+
+    def __init__(self, trainer: Trainer, landscape: LossLandscape) -> None:
+        self._trainer = trainer
+        self._landscape = landscape
+        self._start = time.perf_counter()
+        self._next = _FIRST_MESSAGE_AFTER
+
+    def __call__(self) -> None:
+        elapsed = time.perf_counter() - self._start
+        if elapsed < self._next:
+            return
+        self._next = 2 * elapsed
+        if self._trainer.is_global_zero:
+            bar = self._trainer.progress_bar_callback
+            message = (
+                f"FlatnessMonitor: measuring for {elapsed:.0f} s, "
+                f"{self._landscape.cost.num_products} Hessian-vector products so far."
+            )
+            (rank_zero_info if bar is None else bar.print)(message)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"Expected `{name}` to be an integer >= 1, got {value!r}.")
+
+
+def _check_metrics(metrics: Any) -> None:
+    if not isinstance(metrics, dict) or not metrics:
+        raise ValueError(
+            f"Expected `metrics` to be a non-empty dict of names and flatness metrics, got {metrics!r}. "
+            "Leave it out for the default ones."
+        )
+    for name, metric in metrics.items():
+        if not isinstance(metric, FlatnessMetric):
+            raise ValueError(
+                f"Expected `metrics[{name!r}]` to be a flatness metric such as TopEigenvalues(), got "
+                f"{type(metric).__name__}."
+            )

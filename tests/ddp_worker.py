@@ -1,0 +1,91 @@
+"""What each of two processes does in tests of ranks; started by torchrun-like environment variables."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loggers import CSVLogger
+from modules import Augmented, Classifier, loader, trainer
+from problems import PROBLEMS, make_problem
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_flatness import FlatnessMonitor, LossLandscape, TopEigenvalues
+
+
+class Fragile(Classifier):
+    """Fails on one rank alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_rank == 1 and not self.training:
+            raise ArithmeticError("rank one fails")
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def monitor(out: Path, num_devices: int, probe_size: int) -> None:
+    """Fit with the monitor and write what rank zero logged."""
+    torch.manual_seed(0)
+    run = trainer(
+        out,
+        FlatnessMonitor(top_k=3, probe_size=probe_size, probe_batch_size=4, tol=1e-6),
+        logger=CSVLogger(out, name="logs"),
+        strategy="ddp" if num_devices > 1 else "auto",
+        devices=num_devices,
+        max_epochs=2,
+    )
+    run.fit(Classifier(), loader(Augmented(), batch_size=8 // num_devices))
+    values = {
+        k: float(v) for k, v in run.callback_metrics.items() if k.startswith("flatness/") and k != "flatness/seconds"
+    }
+    (out / f"rank{run.global_rank}.json").write_text(json.dumps(values))
+
+
+def fail(out: Path) -> None:
+    """Both ranks must raise: the failing one its own error, the other one that says where to look."""
+    run = trainer(out, FlatnessMonitor(), strategy="ddp", devices=2)
+    try:
+        run.fit(Fragile(), loader(Augmented()))
+    except (ArithmeticError, RuntimeError) as error:
+        (out / f"rank{run.global_rank}.json").write_text(json.dumps(f"{type(error).__name__}: {error}"))
+
+
+def landscape(out: Path) -> None:
+    """Plain process group, no Trainer: ragged shares, one of them empty."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    values = {}
+    for name in PROBLEMS:
+        if name == "batchnorm_train":
+            continue
+        problem = make_problem(name)
+        for share, batches in {"split": problem.batches[rank::size], "one": problem.batches if rank else []}.items():
+            metric = TopEigenvalues(k=2, geometry="layer", tol=1e-9)
+            metric.update(LossLandscape(problem.module, batches, problem.loss_fn))
+            values[f"{name}/{share}"] = metric.compute().tolist()
+    (out / f"rank{rank}.json").write_text(json.dumps(values))
+    dist.destroy_process_group()
+
+
+def once(out: Path) -> None:
+    """One rank has no batch and cannot see that an operator has no second derivative; both must fall back."""
+    from test_landscape import once_differentiable_twin
+
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    module, problem = once_differentiable_twin()
+    landscape = LossLandscape(module, problem.batches if rank else [], problem.loss_fn)
+    metric = TopEigenvalues(tol=1e-6)
+    metric.update(landscape)
+    (out / f"rank{rank}.json").write_text(json.dumps([landscape.differentiation, metric.compute().tolist()]))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    command, out, *numbers = sys.argv[1:]
+    {"monitor": monitor, "fail": fail, "landscape": landscape, "once": once}[command](Path(out), *map(int, numbers))

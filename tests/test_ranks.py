@@ -1,0 +1,105 @@
+"""Two gloo processes give the values of one, whatever the shares; a failure on one rank stops both."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from problems import PROBLEMS, make_problem
+
+from lightning_flatness import LossLandscape, TopEigenvalues
+
+pytestmark = pytest.mark.slow
+TESTS = Path(__file__).parent
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run_ranks(command: str, out: Path, *numbers: int, world_size: int = 2) -> list[Any]:
+    """Run the worker on every rank and return what each has written."""
+    port = str(free_port())
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(TESTS / "ddp_worker.py"), command, str(out), *map(str, numbers)],
+            env=os.environ
+            | {
+                "PYTHONPATH": path,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "NODE_RANK": "0",
+                "WORLD_SIZE": str(world_size),
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        output = "".join(p.communicate(timeout=120)[0] for p in processes)
+    except subprocess.TimeoutExpired:
+        for p in processes:
+            p.kill()
+        pytest.fail(f"deadlock in {command}")
+    results = [out / f"rank{rank}.json" for rank in range(world_size)]
+    assert all(r.exists() for r in results), output
+    return [json.loads(r.read_text()) for r in results]
+
+
+@pytest.mark.parametrize("probe_size", [17, 1])
+def test_ddp_logs_the_values_of_one_process_once(tmp_path, probe_size):
+    (single,) = run_ranks("monitor", tmp_path / "one", 1, probe_size, world_size=1)
+    first, second = run_ranks("monitor", tmp_path / "two", 2, probe_size)
+    assert first == second
+    assert first.keys() == single.keys()
+    rows = list(csv.DictReader((tmp_path / "two" / "logs" / "version_0" / "metrics.csv").open()))
+    steps = [int(row["step"]) for row in rows if row["flatness/lambda_max"]]
+    assert steps == [0, 6, 12]
+    before = next(row for row in rows if row["flatness/lambda_max"])
+    (alone,) = [
+        row
+        for row in csv.DictReader((tmp_path / "one" / "logs" / "version_0" / "metrics.csv").open())
+        if row["flatness/lambda_max"] and row["step"] == "0"
+    ]
+    for key in ("lambda_max", "lambda_2", "lambda_3", "invariant_sharpness"):
+        assert float(before[f"flatness/{key}"]) == pytest.approx(float(alone[f"flatness/{key}"]), rel=1e-5)
+
+
+def test_landscape_in_a_process_group(tmp_path):
+    first, second = run_ranks("landscape", tmp_path)
+    assert first == second
+    for name in PROBLEMS:
+        if name == "batchnorm_train":  # batch statistics are of a rank's batches
+            continue
+        problem = make_problem(name)
+        metric = TopEigenvalues(k=2, geometry="layer", tol=1e-9)
+        metric.update(LossLandscape(problem.module, problem.batches, problem.loss_fn))
+        assert first[f"{name}/one"] == pytest.approx(metric.compute().tolist(), rel=1e-8), name
+        assert first[f"{name}/split"] == pytest.approx(metric.compute().tolist(), rel=1e-8), name
+
+
+def test_a_failure_on_one_rank_stops_both(tmp_path):
+    first, second = run_ranks("fail", tmp_path)
+    assert second == "ArithmeticError: rank one fails"
+    assert first.startswith("RuntimeError: Evaluating the loss failed on another rank")
+
+
+def test_ranks_fall_back_to_finite_differences_together(tmp_path):
+    first, second = run_ranks("once", tmp_path)
+    assert first == second
+    assert first[0] == "finite_difference"

@@ -1,0 +1,94 @@
+"""What TensorBoard reads back: one point per key and measurement at the right step, also after a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from modules import Classifier, loader, trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_flatness import FlatnessMonitor
+
+
+class Interrupt(pl.Callback):
+    """Stops the process at a step, as a crash would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def fit(path: Path, *callbacks: pl.Callback, ckpt_path: Path | None = None, **options: Any) -> pl.Trainer:
+    """Train with a fixed log folder, so that a resumed run appends to the interrupted one's."""
+    torch.manual_seed(0)
+    logger = TensorBoardLogger(path, name="", version="run")
+    run = trainer(path, *callbacks, logger=logger, **({"enable_checkpointing": True} | options))
+    run.fit(Classifier(), loader(), loader(shuffle=False), ckpt_path=ckpt_path)
+    return run
+
+
+def points(path: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(path / "run"), purge_orphaned_data=False).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_steps(path: Path, steps: list[int]) -> None:
+    flatness = {tag: values for tag, values in points(path).items() if tag.startswith("flatness/")}
+    assert len(flatness) == 7
+    for tag, values in flatness.items():
+        assert [step for step, _ in values] == steps, tag
+
+
+def test_one_point_per_key_and_epoch(tmp_path):
+    fit(tmp_path, FlatnessMonitor())
+    assert_steps(tmp_path, [0, 5, 10, 15])
+
+
+def test_values_are_those_of_callback_metrics(tmp_path):
+    run = fit(tmp_path, FlatnessMonitor())
+    for tag, values in points(tmp_path).items():
+        if tag.startswith("flatness/"):
+            assert values[-1][1] == pytest.approx(float(run.callback_metrics[tag]), rel=1e-6)
+
+
+@pytest.mark.parametrize("save_on_train_epoch_end", [True, False])
+def test_none_doubled_after_resume_from_an_epoch_end(tmp_path, save_on_train_epoch_end):
+    checkpoint = ModelCheckpoint(
+        tmp_path / "ckpt", save_last=True, save_top_k=-1, save_on_train_epoch_end=save_on_train_epoch_end
+    )
+    fit(tmp_path, FlatnessMonitor(), checkpoint, max_epochs=2)
+    fit(tmp_path, FlatnessMonitor(), max_epochs=4, ckpt_path=tmp_path / "ckpt" / "last.ckpt")
+    assert_steps(tmp_path, [0, 5, 10, 15, 20])
+
+
+@pytest.mark.parametrize("options", [{}, {"every_n_steps": 3}])
+def test_none_doubled_after_resume_from_the_middle_of_an_epoch(tmp_path, options):
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=6, save_top_k=-1, filename="{step}")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path, FlatnessMonitor(**options), checkpoint, Interrupt(7))
+    fit(tmp_path, FlatnessMonitor(**options), ckpt_path=tmp_path / "ckpt" / "step=6.ckpt")
+    assert_steps(tmp_path, [0, 3, 5, 6, 9, 10, 12, 15] if options else [0, 5, 10, 15])
+
+
+def test_the_checkpoint_of_a_run_holds_nothing_of_the_monitor(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
+    fit(tmp_path, FlatnessMonitor(), checkpoint, max_epochs=1)
+    saved = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=False)
+    assert not any("Flatness" in key for key in saved["callbacks"])
+    assert list(saved["state_dict"]) == list(Classifier().state_dict())
+
+
+def test_a_checkpoint_saved_without_the_monitor_can_be_resumed_with_it(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
+    fit(tmp_path, checkpoint, max_epochs=1)
+    fit(tmp_path, FlatnessMonitor(), max_epochs=2, ckpt_path=tmp_path / "ckpt" / "last.ckpt")
+    assert_steps(tmp_path, [10])
