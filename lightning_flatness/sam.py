@@ -237,7 +237,7 @@ class SAM(Optimizer):
         ...     loss = torch.nn.functional.mse_loss(model(x), y)
         ...     loss.backward()
         ...     return loss
-        >>> losses = [float(optimizer.step(closure)) for _ in range(20)]
+        >>> losses = [optimizer.step(closure).item() for _ in range(20)]
         >>> losses[-1] < losses[0]
         True
     """

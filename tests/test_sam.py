@@ -227,7 +227,7 @@ def test_returns_the_first_loss_and_calls_the_closure_twice_with_the_same_random
     def closure():
         loss = w.square().sum()
         loss.backward()  # without zero_grad: the gradients do not add up all the same
-        seen.append((float(w), float(torch.rand(()))))
+        seen.append((w.item(), torch.rand(()).item()))
         return loss
 
     torch.manual_seed(0)
@@ -239,7 +239,7 @@ def test_returns_the_first_loss_and_calls_the_closure_twice_with_the_same_random
     assert [weight for weight, _ in seen] == [1, 1.5]
     assert seen[0][1] == seen[1][1] == float(numbers[0])
     assert after == numbers[1]
-    assert float(w) == pytest.approx(1 - 0.1 * 2 * 1.5)
+    assert w.item() == pytest.approx(1 - 0.1 * 2 * 1.5)
 
 
 def test_runs_under_no_grad_and_drops_older_gradients():
@@ -248,7 +248,7 @@ def test_runs_under_no_grad_and_drops_older_gradients():
     sam = SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)
     with torch.no_grad():
         sam.step(lambda: w.square().sum().backward())
-    assert float(w) == pytest.approx(1 - 0.1 * 2 * 1.5)
+    assert w.item() == pytest.approx(1 - 0.1 * 2 * 1.5)
 
 
 def test_groups_state_and_zero_grad_are_those_of_the_wrapped_optimizer():

@@ -41,12 +41,8 @@ from sam_reference import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_flatness import SAM, SharpnessAwareMinimization
+from lightning_flatness import SAM, FlatnessMonitor, SharpnessAwareMinimization
 from lightning_flatness.geometry import Geometry
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers", "ignore:.*dataloader is not resumable", "ignore:.*lr_scheduler.step"
-)
 
 GEOMETRIES = ("euclidean", "element", "layer", "filter")
 
@@ -219,7 +215,7 @@ def test_a_schedule_of_ones_own():
     fit(module, Late(0.05))
     fit(without)
     weights = module.net[0].weight - without.net[0].weight
-    assert 0 < float(weights.norm()) < 0.1
+    assert 0 < weights.norm().item() < 0.1
 
 
 # ------------------------------------------------------------------------------------------------ leaving no trace
@@ -553,6 +549,26 @@ def test_weight_averaging_works_as_without_sam(averaging, first):
     assert not torch.equal(ends[0][0]["net.0.weight"], ends[3][0]["net.0.weight"])
 
 
+@pytest.mark.parametrize("geometry", ["euclidean", "element"])
+def test_monitor_in_either_order_gives_the_same_numbers(geometry):
+    ends = []
+    for order in (1, -1):
+        torch.manual_seed(0)
+        module, logger = Net(schedule=True), Records()
+        monitor = FlatnessMonitor(every_n_steps=2, probe_size=24)
+        callbacks = [SharpnessAwareMinimization(0.05, geometry), monitor][::order]
+        trainer = fit(module, *callbacks, logger=logger, log_every_n_steps=1, accumulate_grad_batches=2)
+        records = [(s, {k: v for k, v in m.items() if k != "flatness/seconds"}) for s, m in logger.records]
+        end = everything(module, trainer) | {"records": [r for r in records if r[1]]}
+        end["metrics"].pop("flatness/seconds")
+        ends.append(end | {"rise": trainer.callback_metrics["sam/loss_rise"]})
+    assert any("flatness/lambda_max" in m for _, m in ends[0]["records"])
+    assert_same_bits(*ends)
+    alone = Net(schedule=True)  # and watching changes nothing
+    fit(alone, SharpnessAwareMinimization(0.05, geometry), accumulate_grad_batches=2)
+    assert_same_bits(state_of(alone), ends[0]["weights"])
+
+
 # ---------------------------------------------------------------------------------- parameters, gradients, failures
 
 
@@ -799,6 +815,7 @@ class UsesSam(Net):
         return SAM(torch.optim.SGD(self.parameters(), lr=0.1))
 
 
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -953,6 +970,7 @@ def test_pytorch_lightning_trainer_and_module():
     assert "sam/loss_rise" in trainer.callback_metrics
 
 
+@pytest.mark.filterwarnings("ignore:No seed found", "ignore::DeprecationWarning")
 def test_lightning_cli_builds_it_from_yaml(tmp_path):
     from lightning.pytorch.cli import LightningCLI
 

@@ -40,11 +40,12 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
         "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": "test",
     }
+    outputs = [(directory / f"output{rank}").open("w+") for rank in range(2)]
     processes = [
         subprocess.Popen(
             [sys.executable, str(TESTS / "sam_ddp_script.py"), str(directory)],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=(directory / f"output{rank}").open("w"),
+            stdout=outputs[rank],
             stderr=subprocess.STDOUT,
         )
         for rank in range(2)
@@ -58,6 +59,8 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
         for process in processes:
             process.kill()
             process.wait()
+        for output in outputs:
+            output.close()
     assert all(p.returncode == 0 for p in processes), "\n".join(f.read_text() for f in directory.glob("output*"))
     return [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
 
