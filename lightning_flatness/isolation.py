@@ -22,6 +22,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import FunctionType, MethodType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -403,7 +404,7 @@ class _PythonState:
         pending: list[Any] = [module]
         while pending:
             value = pending.pop()
-            if not isinstance(value, _IMMUTABLE) and id(value) not in seen:
+            if type(value) not in _ATOMS and id(value) not in seen:
                 seen.add(id(value))
                 pending.extend(self._keep(value))
 
@@ -450,17 +451,31 @@ class _PythonState:
 
     def _keep_module(self, module: nn.Module) -> Iterable[Any]:
         attributes = module.__dict__
-        self._remember(attributes, _copy_dict, _refill_dict)
-        for name in ("_parameters", "_buffers"):
-            self._remember(attributes[name], _copy_dict, _refill_dict)
-        skipped = ("_parameters", "_buffers", "_trainer", "_fabric")
-        return [v for name, v in attributes.items() if name not in skipped and not name.endswith("_hooks")]
+        dictionaries = (attributes, attributes["_parameters"], attributes["_buffers"])
+        self._remember(dictionaries, _copy_dicts, _refill_dicts)
+        values = [v for name, v in attributes.items() if name not in _SKIPPED and not name.endswith("_hooks")]
+        return [*values, attributes["_modules"]]
 
     def _remember(self, target: Any, copy: Callable[[Any, Any], Any], refill: Callable[[Any, Any], object]) -> None:
         self._kept.append(_Kept(target, copy, refill, copy(target, None)))
 
 
-_IMMUTABLE = (type(None), str, bytes, int, float, complex, type)
+_ATOMS = {type(None), bool, str, bytes, int, float, complex, type, FunctionType, MethodType, torch.dtype, torch.device}
+"""Types of values that hold nothing to be put back. What is not found here is looked at in more detail."""
+
+_SKIPPED = {*vars(nn.Module()), "_trainer", "_fabric"}
+"""Attributes of modules that are not searched: those that every module has, whose contents are kept apart, and the way
+up to the Trainer."""
+
+
+def _copy_dicts(target: tuple[dict[Any, Any], ...], earlier: Any) -> list[dict[Any, Any]]:
+    return [dict(d) for d in target]
+
+
+def _refill_dicts(target: tuple[dict[Any, Any], ...], saved: list[dict[Any, Any]]) -> None:
+    for d, contents in zip(target, saved, strict=True):
+        d.clear()
+        d.update(contents)
 
 
 def _copy_dict(target: dict[Any, Any], earlier: Any) -> dict[Any, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -99,7 +100,8 @@ class SharpnessAwareMinimization(Callback):
         self.sync_perturbation = sync_perturbation
         self._step: _RecordedStep | None = None
         self._first_pass = ExitStack()
-        self._totals: Tensor | None = None
+        self._totals: list[float] | None = None  # of the rises, of the norms, of the microbatches
+        self._pending: tuple[Tensor, float] | None = None
 
     def should_perturb(self, step_idx: int, epoch_idx: int) -> bool:
         """Say whether an optimizer step is sharpness-aware; override it for another schedule.
@@ -136,7 +138,7 @@ class SharpnessAwareMinimization(Callback):
                 f"{type(trainer.strategy).__name__}. HINT: Use strategy='auto' or 'ddp'."
             )
         self._forget()
-        self._totals = None
+        self._totals = self._pending = None
         # In front, so that the hooks of all other callbacks see the sharpness-aware gradient. A new list: the old
         # one is being iterated over.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
@@ -158,11 +160,9 @@ class SharpnessAwareMinimization(Callback):
         self._forget()
         if not self.should_perturb(trainer.global_step, trainer.current_epoch):
             return
-        device = trainer.strategy.root_device
         if self._totals is None:
-            self._totals = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64)
-        self._totals = self._totals.to(device)
-        self._step = _RecordedStep(pl_module, device)
+            self._totals = [0.0, 0.0, 0.0]
+        self._step = _RecordedStep(pl_module, trainer.strategy.root_device)
         if not self.sync_perturbation and not _accumulates(trainer, batch_idx):
             # DDP would average the first gradient, which is only for this rank's perturbation. (Where gradients are
             # accumulated the Trainer itself holds DDP back.)
@@ -185,6 +185,7 @@ class SharpnessAwareMinimization(Callback):
         if self.sync_perturbation and not averaged:
             _average_gradients(trainer, parameters)
         with perturbed(parameters, self.rho, self.geometry, pl_module) as norm:
+            self._add_pending()
             step.bring_gradients_back()
             loss = _second_pass(trainer, pl_module, step)
         if loss is None:  # e.g. a step that returns None for a loss that is not finite: then as without SAM
@@ -214,32 +215,40 @@ class SharpnessAwareMinimization(Callback):
     # ----------------------------------------------------------------------------------------------------- logging
 
     def _record(self, step: _RecordedStep, loss: Tensor | None, norm: float) -> None:
-        if loss is None or step.loss is None or self._totals is None:
+        # On an accelerator the loss is not there yet. It is read at the next microbatch, when the length of that
+        # one's gradient has been waited for anyway.
+        if loss is not None and step.loss is not None:
+            self._pending = (loss - step.loss, norm)
+
+    def _add_pending(self) -> None:
+        if self._pending is None or self._totals is None:
             return
-        rise = (loss - step.loss).to(self._totals)
-        # Not finite: an overflow in half precision. Sums stay on the device, so nothing waits for it here.
-        valid = rise.isfinite()
-        self._totals += torch.stack([rise, torch.full_like(rise, norm), torch.ones_like(rise)]).where(valid, 0)
+        rise, norm = self._pending[0].item(), self._pending[1]
+        self._pending = None
+        if math.isfinite(rise):  # not finite: an overflow in half precision
+            self._totals = [total + value for total, value in zip(self._totals, (rise, norm, 1.0), strict=True)]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the means over the microbatches of the epoch, of all ranks."""
         self._forget()  # of a batch at which `on_train_batch_start` of the module ended the epoch
         if self._totals is None:
             return
-        totals, self._totals = trainer.strategy.reduce(self._totals, reduce_op="sum"), None
-        rise, norm, count = totals.tolist()
+        self._add_pending()
+        totals = torch.tensor(self._totals, device=trainer.strategy.root_device)
+        self._totals = None
+        rise, norm, count = trainer.strategy.reduce(totals, reduce_op="sum").tolist()
         if count and not trainer.barebones:
             values = {"sam/loss_rise": rise / count, "sam/perturbation_norm": norm / count}
             pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums of a begun epoch, for a checkpoint in the middle of it; nothing at its end."""
-        return {} if self._totals is None else {"totals": self._totals.tolist()}
+        self._add_pending()
+        return {} if self._totals is None else {"totals": self._totals}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the sums of a begun epoch."""
-        totals = state_dict.get("totals")
-        self._totals = None if totals is None else torch.tensor(totals, dtype=torch.float64)
+        self._totals = state_dict.get("totals")
 
 
 class _RecordedStep:
