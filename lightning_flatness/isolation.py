@@ -151,29 +151,30 @@ class ReplayedPass:
         self._buffers = [
             (m._buffers, {name: _copy_once(b, copies) for name, b in m._buffers.items() if b is not None})
             for m in module.modules()
-            if m._buffers
+            if m._buffers and _is_open(m)
         ]
-        self._frozen = [(p, p.detach().clone()) for p in _small_frozen_parameters(module)]
+        scripted = [b for m in module.modules() if not _is_open(m) for b in m._buffers.values() if b is not None]
+        self._exchanged = [(t, _copy_once(t, copies)) for t in (*_small_frozen_parameters(module), *scripted)]
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Guard the second pass. Nothing is logged inside."""
         end = self._start.present()
         # The pass may have unfrozen some of them; those are the caller's now, who may have moved them.
-        frozen = [(p, p.data, copied) for p, copied in self._frozen if not p.requires_grad]
+        exchanged = [(t, t.data, copied) for t, copied in self._exchanged if not t.requires_grad]
         with preserved_rng(self._device):
             try:
                 self._start.restore()
                 self._start_rng()
                 for buffers, copies in self._buffers:
                     buffers.update(copies)
-                for parameter, _, copied in frozen:
-                    parameter.data = copied
+                for tensor, _, copied in exchanged:
+                    tensor.data = copied
                 with _muted_logging(self._module):
                     yield
             finally:
-                for parameter, original, _ in frozen:
-                    parameter.data = original
+                for tensor, original, _ in exchanged:
+                    tensor.data = original
                 end.restore()  # the dictionaries of buffers too
 
 
@@ -181,6 +182,11 @@ def _copy_once(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
     if id(tensor) not in copies:
         copies[id(tensor)] = tensor.detach().clone()
     return copies[id(tensor)]
+
+
+def _is_open(module: nn.Module) -> bool:
+    """Return whether tensors of the module can be exchanged in its dictionaries: not in those of TorchScript."""
+    return isinstance(module._buffers, dict)
 
 
 def _small_frozen_parameters(module: nn.Module) -> list[Tensor]:
@@ -451,7 +457,7 @@ class _PythonState:
 
     def _keep_module(self, module: nn.Module) -> Iterable[Any]:
         attributes = module.__dict__
-        dictionaries = (attributes, attributes["_parameters"], attributes["_buffers"])
+        dictionaries = [attributes, attributes["_parameters"], attributes["_buffers"]][: 3 if _is_open(module) else 1]
         self._remember(dictionaries, _copy_dicts, _refill_dicts)
         values = [v for name, v in attributes.items() if name not in _SKIPPED and not name.endswith("_hooks")]
         return [*values, attributes["_modules"]]
@@ -468,11 +474,11 @@ _SKIPPED = {*vars(nn.Module()), "_trainer", "_fabric"}
 up to the Trainer."""
 
 
-def _copy_dicts(target: tuple[dict[Any, Any], ...], earlier: Any) -> list[dict[Any, Any]]:
+def _copy_dicts(target: list[dict[Any, Any]], earlier: Any) -> list[dict[Any, Any]]:
     return [dict(d) for d in target]
 
 
-def _refill_dicts(target: tuple[dict[Any, Any], ...], saved: list[dict[Any, Any]]) -> None:
+def _refill_dicts(target: list[dict[Any, Any]], saved: list[dict[Any, Any]]) -> None:
     for d, contents in zip(target, saved, strict=True):
         d.clear()
         d.update(contents)

@@ -260,7 +260,6 @@ class _RecordedStep:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.replay: ReplayedPass | None = None
-        self.replaying = False
         self.loss: Tensor | None = None
         self.arguments: tuple[Any, ...] = ()
         self.keywords: dict[str, Any] = {}
@@ -272,13 +271,13 @@ class _RecordedStep:
 
         @functools.wraps(training_step)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            if not self.replaying:
-                self.arguments, self.keywords = copy_batch((args, kwargs))
-                self.replay = ReplayedPass(module, device)
+            self.uninstall()  # `self.log` looks at the signature of `training_step`, also under torch.compile
+            self.arguments, self.keywords = copy_batch((args, kwargs))
+            self.replay = ReplayedPass(module, device)
             output = training_step(*args, **kwargs)
-            if not self.replaying:
-                loss = loss_of(output)
-                self.loss = None if loss is None else loss.detach().clone()
+            loss = loss_of(output)
+            self.loss = None if loss is None else loss.detach().clone()
+            module.__dict__["training_step"] = recorded  # whoever else calls the step, the last call is the Trainer's
             return output
 
         module.__dict__["training_step"] = recorded
@@ -315,7 +314,6 @@ def loss_of(output: Any) -> Tensor | None:
 def _second_pass(trainer: Trainer, module: LightningModule, step: _RecordedStep) -> Tensor | None:
     """Run forward and backward once more at the present weights, adding to ``.grad``; return the loss."""
     assert step.replay is not None
-    step.replaying = True
     with step.replay.again():
         loss = loss_of(trainer.strategy.training_step(*step.arguments, **step.keywords))
         if loss is not None:
