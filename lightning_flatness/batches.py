@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -70,10 +71,7 @@ def first_samples(batch: Any, num_samples: int) -> Any:
     Returns:
         The batch itself if it is no larger.
     """
-    size = infer_batch_size(batch)
-    if size <= num_samples:
-        return batch
-    return map_tensors(lambda t: t[:num_samples] if t.dim() > 0 and t.shape[0] == size else t, batch)
+    return slice_samples(batch, infer_batch_size(batch), 0, num_samples)
 
 
 def slice_samples(batch: Any, size: int, start: int, stop: int) -> Any:
@@ -101,13 +99,32 @@ def slice_samples(batch: Any, size: int, start: int, stop: int) -> Any:
     return map_tensors(lambda t: t[start:stop] if t.dim() > 0 and t.shape[0] == size else t, batch)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], data: Any) -> Any:
+def copy_batch(batch: Any) -> Any:
+    """Return a batch that can be written to and taken apart without changing the original.
+
+    Args:
+        batch: Tensors, nested in any way. Objects of unknown classes are copied one level deep if they have a
+            ``to`` method (graphs, the encodings of tokenizers), and shared otherwise.
+
+    Returns:
+        New containers with new tensors of the same values.
+    """
+
+    def copied(tensor: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+    return map_tensors(copied, batch, copy.copy)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], data: Any, other: Callable[[Any], Any] | None = None) -> Any:
     """Apply a function to every tensor in nested lists, tuples, mappings and dataclasses.
 
     Args:
         function: Takes and returns a tensor.
         data: What to walk through. An object with a ``to`` method and no nesting that is known here (a packed
             sequence, a graph) is moved to where a tensor would go, not walked through.
+        other: What to do with such an object instead.
 
     Returns:
         The same nesting with new tensors.
@@ -115,23 +132,23 @@ def map_tensors(function: Callable[[Tensor], Tensor], data: Any) -> Any:
     if isinstance(data, Tensor):
         return function(data)
     if isinstance(data, tuple) and hasattr(data, "_fields"):  # a named tuple
-        return type(data)(*(map_tensors(function, item) for item in data))
+        return type(data)(*(map_tensors(function, item, other) for item in data))
     if isinstance(data, list | tuple):
-        return type(data)(map_tensors(function, item) for item in data)
-    if isinstance(data, dict):
-        return _like_mapping(data, {key: map_tensors(function, item) for key, item in data.items()})
+        return type(data)(map_tensors(function, item, other) for item in data)
+    if isinstance(data, MutableMapping):
+        return _like_mapping(data, {key: map_tensors(function, item, other) for key, item in data.items()})
     if is_dataclass(data) and not isinstance(data, type):
-        changes = {f.name: map_tensors(function, getattr(data, f.name)) for f in fields(data) if f.init}
+        changes = {f.name: map_tensors(function, getattr(data, f.name), other) for f in fields(data) if f.init}
         return replace(data, **changes)
     if callable(getattr(data, "to", None)):
-        return data.to(function(torch.empty(0)).device)
+        return data.to(function(torch.empty(0)).device) if other is None else other(data)
     return data
 
 
-def _like_mapping(original: dict[Any, Any], items: dict[Any, Any]) -> Any:
+def _like_mapping(original: Any, items: dict[Any, Any]) -> Any:
     if type(original) is dict:
         return items
-    copied = original.copy()
+    copied = copy.copy(original)
     copied.update(items)
     return copied
 

@@ -8,6 +8,8 @@ first, for then the loss would not be a function of the weights. So:
 - ``isolated`` holds for one measurement: modes, RNG states, autocast, kernels, loggers, gradient hooks.
 - ``Isolation.forward_pass`` holds for one forward pass: it starts from the same buffers, the same Python state
   and the same random numbers every time.
+- ``ReplayedPass`` is for training that looks at a batch twice (SAM): the second pass starts where the first one
+  started, and afterwards all is as the first one left it.
 
 Buffers are swapped for copies, never written to: the originals keep their identity and their bits, and
 several graphs can be alive although BatchNorm updates its statistics in place.
@@ -20,7 +22,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Literal
+from types import FunctionType, MethodType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -55,18 +58,28 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 @contextmanager
 def preserved_rng(device: torch.device | None = None) -> Iterator[None]:
     """Put back the states of torch's generators (CPU and ``device``), of ``random`` and of NumPy's on leaving."""
+    restore = _remember_rng(device)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _remember_rng(device: torch.device | None) -> Callable[[], None]:
+    """Return what puts every generator back to where it is now."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     torch_state = torch.get_rng_state()
     accelerator = _accelerator_module(device)
     accelerator_state = None if accelerator is None else accelerator.get_rng_state()
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
         torch.set_rng_state(torch_state)
         if accelerator is not None:
             accelerator.set_rng_state(accelerator_state)
+
+    return restore
 
 
 def seed_all(seed: int, device: torch.device | None = None) -> None:
@@ -110,6 +123,76 @@ class Isolation:
                 yield
             finally:
                 self._python_state.restore()
+
+
+class ReplayedPass:
+    """A pass of training that can be run once more, from where it started and without a trace.
+
+    Make it right before the pass. Inside :meth:`again` the generators, the buffers and the plain attributes of the
+    module are as they were then, so that the second pass evaluates the same function of the weights (the same
+    dropout mask, the same queue of a contrastive loss, the same count of calls). On leaving, all of it is as it was
+    when ``again`` was entered: statistics, metrics and counters have seen the first pass only.
+
+    Frozen parameters are covered too, for a ``training_step`` that moves a momentum encoder, but only as long as
+    they take no more memory than the trainable ones: the frozen backbone of a fine-tuning run is not copied.
+    Trainable parameters and their gradients are the caller's. Autocast, modes and hooks are left as they are.
+
+    Args:
+        module: The module whose state is guarded.
+        device: Where the module's parameters are.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device | None) -> None:
+        self._module = module
+        self._device = device
+        self._start_rng = _remember_rng(device)
+        self._start = _PythonState(module)
+        copies: dict[int, Tensor] = {}  # a buffer that is registered twice stays one tensor
+        self._buffers = [
+            (m._buffers, {name: _copy_once(b, copies) for name, b in m._buffers.items() if b is not None})
+            for m in module.modules()
+            if m._buffers and _is_open(m)
+        ]
+        scripted = [b for m in module.modules() if not _is_open(m) for b in m._buffers.values() if b is not None]
+        self._exchanged = [(t, _copy_once(t, copies)) for t in (*_small_frozen_parameters(module), *scripted)]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Guard the second pass. Nothing is logged inside."""
+        end = self._start.present()
+        # The pass may have unfrozen some of them; those are the caller's now, who may have moved them.
+        exchanged = [(t, t.data, copied) for t, copied in self._exchanged if not t.requires_grad]
+        with preserved_rng(self._device):
+            try:
+                self._start.restore()
+                self._start_rng()
+                for buffers, copies in self._buffers:
+                    buffers.update(copies)
+                for tensor, _, copied in exchanged:
+                    tensor.data = copied
+                with _muted_logging(self._module):
+                    yield
+            finally:
+                for tensor, original, _ in exchanged:
+                    tensor.data = original
+                end.restore()  # the dictionaries of buffers too
+
+
+def _copy_once(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
+    if id(tensor) not in copies:
+        copies[id(tensor)] = tensor.detach().clone()
+    return copies[id(tensor)]
+
+
+def _is_open(module: nn.Module) -> bool:
+    """Return whether tensors of the module can be exchanged in its dictionaries: not in those of TorchScript."""
+    return isinstance(module._buffers, dict)
+
+
+def _small_frozen_parameters(module: nn.Module) -> list[Tensor]:
+    frozen: list[Tensor] = [p for p in module.parameters() if not p.requires_grad]
+    trainable_bytes = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    return frozen if sum(p.nbytes for p in frozen) <= trainable_bytes else []
 
 
 @contextmanager
@@ -236,7 +319,7 @@ def _copied_buffers(module: nn.Module) -> Iterator[None]:
     for submodule, buffers in saved:
         for name, buffer in buffers.items():
             if buffer is not None:
-                submodule._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+                submodule._buffers[name] = _copy_once(buffer, copies)
     try:
         yield
     finally:
@@ -305,6 +388,15 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
+class _Kept(NamedTuple):
+    """One thing to be put back: ``refill(target, saved)``, where ``saved`` came from ``copy(target, earlier)``."""
+
+    target: Any
+    copy: Callable[[Any, Any], Any]
+    refill: Callable[[Any, Any], object]
+    saved: Any
+
+
 class _PythonState:
     """The plain attributes of a module and all that can be reached from them, to be put back in place.
 
@@ -313,68 +405,118 @@ class _PythonState:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._restorers: list[Callable[[], object]] = []
+        self._kept: list[_Kept] = []
         seen: set[int] = set()
         pending: list[Any] = [module]
         while pending:
             value = pending.pop()
-            if not isinstance(value, _IMMUTABLE) and id(value) not in seen:
+            if type(value) not in _ATOMS and id(value) not in seen:
                 seen.add(id(value))
                 pending.extend(self._keep(value))
 
     def restore(self) -> None:
-        for restorer in self._restorers:
-            restorer()
+        for kept in self._kept:
+            kept.refill(kept.target, kept.saved)
+
+    def present(self) -> _PythonState:
+        """Return the state now of what this one holds. Cheaper than a new one: nothing is searched through."""
+        state = _PythonState.__new__(_PythonState)
+        state._kept = [_Kept(k.target, k.copy, k.refill, k.copy(k.target, k.saved)) for k in self._kept]
+        return state
 
     def _keep(self, value: Any) -> Iterable[Any]:
         """Remember what ``value`` holds; return what is to be remembered next."""
         if isinstance(value, nn.Module):
             return self._keep_module(value)
         if isinstance(value, dict):
-            self._refill(_refill_dict, value, dict(value))
+            self._remember(value, _copy_dict, _refill_dict)
             return value.values()
         if isinstance(value, list | deque):
-            self._refill(_refill_list, value, list(value))
+            self._remember(value, _copy_list, _refill_list)
             return value
         if isinstance(value, set):
-            self._refill(_refill_dict, value, set(value))
+            self._remember(value, _copy_set, _refill_dict)
         elif isinstance(value, tuple):
             return value
         elif isinstance(value, Tensor):
-            self._keep_tensor(value)
+            # Parameters belong to the optimizer and a tensor with a history cannot be written to in place.
+            if not value.requires_grad and value.layout == torch.strided and value.nbytes <= _MAX_COPIED_BYTES:
+                self._remember(value, _copy_tensor, _refill_tensor)
         elif isinstance(value, np.ndarray):
             if value.nbytes <= _MAX_COPIED_BYTES and value.flags.writeable:
-                self._refill(np.copyto, value, value.copy())
+                self._remember(value, _copy_array, np.copyto)
         elif isinstance(value, torch.Generator):
-            self._refill(torch.Generator.set_state, value, value.get_state())
+            self._remember(value, _get_torch_generator, torch.Generator.set_state)
         elif isinstance(value, np.random.Generator):
-            self._refill(_set_bit_generator, value, value.bit_generator.state)
+            self._remember(value, _get_bit_generator, _set_bit_generator)
         elif isinstance(value, random.Random):
-            self._refill(random.Random.setstate, value, value.getstate())
+            self._remember(value, _get_python_generator, random.Random.setstate)
         elif _is_user_object(value):
             return (vars(value),)
         return ()
 
     def _keep_module(self, module: nn.Module) -> Iterable[Any]:
         attributes = module.__dict__
-        self._refill(_refill_dict, attributes, dict(attributes))
-        for name in ("_parameters", "_buffers"):
-            self._refill(_refill_dict, attributes[name], dict(attributes[name]))
-        skipped = ("_parameters", "_buffers", "_trainer", "_fabric")
-        return [v for name, v in attributes.items() if name not in skipped and not name.endswith("_hooks")]
+        dictionaries = [attributes, attributes["_parameters"], attributes["_buffers"]][: 3 if _is_open(module) else 1]
+        self._remember(dictionaries, _copy_dicts, _refill_dicts)
+        values = [v for name, v in attributes.items() if name not in _SKIPPED and not name.endswith("_hooks")]
+        return [*values, attributes["_modules"]]
 
-    def _keep_tensor(self, tensor: Tensor) -> None:
-        # Parameters belong to the optimizer and a tensor with a history cannot be written to in place.
-        if tensor.requires_grad or tensor.layout != torch.strided or tensor.nbytes > _MAX_COPIED_BYTES:
-            return
-        version = None if tensor.is_inference() else tensor._version
-        self._refill(_refill_tensor, tensor, (version, tensor.clone()))
-
-    def _refill(self, refill: Callable[[Any, Any], object], target: Any, saved: Any) -> None:
-        self._restorers.append(lambda: refill(target, saved))
+    def _remember(self, target: Any, copy: Callable[[Any, Any], Any], refill: Callable[[Any, Any], object]) -> None:
+        self._kept.append(_Kept(target, copy, refill, copy(target, None)))
 
 
-_IMMUTABLE = (type(None), str, bytes, int, float, complex, type)
+_ATOMS = {type(None), bool, str, bytes, int, float, complex, type, FunctionType, MethodType, torch.dtype, torch.device}
+"""Types of values that hold nothing to be put back. What is not found here is looked at in more detail."""
+
+_SKIPPED = {*vars(nn.Module()), "_trainer", "_fabric"}
+"""Attributes of modules that are not searched: those that every module has, whose contents are kept apart, and the way
+up to the Trainer."""
+
+
+def _copy_dicts(target: list[dict[Any, Any]], earlier: Any) -> list[dict[Any, Any]]:
+    return [dict(d) for d in target]
+
+
+def _refill_dicts(target: list[dict[Any, Any]], saved: list[dict[Any, Any]]) -> None:
+    for d, contents in zip(target, saved, strict=True):
+        d.clear()
+        d.update(contents)
+
+
+def _copy_dict(target: dict[Any, Any], earlier: Any) -> dict[Any, Any]:
+    return dict(target)
+
+
+def _copy_list(target: Iterable[Any], earlier: Any) -> list[Any]:
+    return list(target)
+
+
+def _copy_set(target: set[Any], earlier: Any) -> set[Any]:
+    return set(target)
+
+
+def _copy_tensor(target: Tensor, earlier: tuple[int | None, Tensor] | None) -> tuple[int | None, Tensor]:
+    version = None if target.is_inference() else target._version
+    if earlier is not None and version is not None and version == earlier[0]:
+        return earlier
+    return version, target.clone()
+
+
+def _copy_array(target: np.ndarray[Any, Any], earlier: Any) -> np.ndarray[Any, Any]:
+    return target.copy()
+
+
+def _get_torch_generator(target: torch.Generator, earlier: Any) -> Tensor:
+    return target.get_state()
+
+
+def _get_bit_generator(target: np.random.Generator, earlier: Any) -> Any:
+    return target.bit_generator.state
+
+
+def _get_python_generator(target: random.Random, earlier: Any) -> Any:
+    return target.getstate()
 
 
 def _refill_dict(target: Any, saved: Any) -> None:

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_flatness.batches import infer_batch_size, map_tensors, prepare_batch, slice_samples, tensors_in
+from lightning_flatness.batches import copy_batch, infer_batch_size, prepare_batch, slice_samples, tensors_in
 from lightning_flatness.gauss_newton import Linearization, OutputLoss, normalized_logits
 from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
 from lightning_flatness.isolation import DifferentiableWeightNorm, Isolation, Mode, isolated, preserved_rng
@@ -423,7 +423,7 @@ class LossLandscape:
         gradients = torch.zeros(stop - start, self.num_parameters, dtype=self.dtype, device=self.device)
         for i, row in enumerate(gradients, start=start):
             with self._isolation.forward_pass(index):
-                output = self.loss_fn(self.module, map_tensors(torch.clone, slice_samples(batch, size, i, i + 1)))
+                output = self.loss_fn(self.module, copy_batch(slice_samples(batch, size, i, i + 1)))
             loss = _check_loss(_loss_in(output))
             for view, piece in zip(
                 self.unflatten(row), torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True
@@ -627,7 +627,7 @@ class LossLandscape:
 
     def _fresh_batch(self, index: int) -> Any:
         """Return a copy of a batch: user code may write into its batch, or pop from it."""
-        return map_tensors(torch.clone, self.batches[index])
+        return copy_batch(self.batches[index])
 
     def _mean_over_samples(self, local: Callable[[int], Sequence[Tensor | None]], size: int) -> Tensor:
         """Return ``sum_b n_b f_b / N`` over the batches of all ranks, with one all-reduce.

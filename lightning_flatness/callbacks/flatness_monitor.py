@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_flatness.batches import map_tensors
+from lightning_flatness.batches import copy_batch
 from lightning_flatness.callbacks.pictures import custom_scalars_layout, log_figure, log_layout
 from lightning_flatness.estimators import UndefinedMeasureError
 from lightning_flatness.geometry import Euclidean, MissingOptimizerStateError, OptimizerGeometry
@@ -344,7 +344,7 @@ def _transferred(trainer: Trainer, pl_module: LightningModule, batches: list[Any
     with isolated(pl_module, "train", pl_module.device, seed) as isolation, torch.no_grad():
         for index, batch in enumerate(batches):
             with isolation.forward_pass(index):
-                batch = trainer.precision_plugin.convert_input(map_tensors(torch.clone, batch))
+                batch = trainer.precision_plugin.convert_input(copy_batch(batch))
                 batch = source.on_before_batch_transfer(batch, 0)
                 transferred.append(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
     return transferred
