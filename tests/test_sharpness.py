@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -237,3 +238,17 @@ def test_batches_that_cannot_be_split_are_named():
     )
     with pytest.raises(ValueError, match="Expected a batch of 12 samples that can be split, got Tensor"):
         WorstCaseSharpness(num_samples=5).update(landscape)
+
+
+def test_weights_of_low_precision_do_not_pass_for_exact():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 3)).bfloat16()
+    x, y = torch.randn(7, 3).bfloat16(), torch.randint(3, (7,))
+    landscape = LossLandscape(module, [(x, y)], OutputLoss(F.cross_entropy))
+    twin = LossLandscape(copy.deepcopy(module).float(), [(x.float(), y)], OutputLoss(F.cross_entropy))
+    exact = float(average_case_sharpness(twin, 0.05).value)
+    result = average_case_sharpness(landscape, 0.05)
+    assert abs(float(result.value) - exact) <= 4 * float(result.error)
+    assert not result.converged
+    worst = worst_case_sharpness(landscape, 0.05)
+    assert abs(float(worst.value) - float(worst_case_sharpness(twin, 0.05).value)) <= 4 * float(worst.error)

@@ -241,7 +241,9 @@ def _check_invariance(landscape: LossLandscape, layers: Sequence[nn.Module]) -> 
         for parameter, power in [(layer.weight, exponent), (layer.bias, running)]:
             if isinstance(parameter, Tensor) and parameter.requires_grad:
                 start = offset_of(landscape, parameter)
-                change[start : start + parameter.numel()] = ((2**power - 1) * parameter.detach()).flatten()
+                change[start : start + parameter.numel()] = (
+                    (2**power - 1) * parameter.detach().to(change.dtype)
+                ).flatten()
     before = float(landscape.loss())
     with landscape.displaced(change):
         try:

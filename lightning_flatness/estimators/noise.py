@@ -70,7 +70,8 @@ def gradient_noise(
         sums = landscape.sum_over_ranks(lambda total: _add_scatter(landscape, chart, mean, total), _SIZE + len(mean))
         landscape.cost.gradient_evaluations += 1
     n, first, second, longest = sums[:_SIZE].tolist()
-    _check_mean(mean, sums[_SIZE:] / n, math.sqrt(longest))
+    eps = max(torch.finfo(p.dtype).eps for p in landscape.parameters)
+    _check_mean(mean, sums[_SIZE:] / n, math.sqrt(longest), tolerance=min(1e3 * eps, 0.1))
     value = first / (n - 1)
     variance = max(0.0, second / n - (first / n) ** 2) * n / (n - 1)
     error = math.hypot(math.sqrt(variance / n) * n / (n - 1), 16 * torch.finfo(landscape.dtype).eps * value)
@@ -159,9 +160,9 @@ def _gradients_of_samples(landscape: LossLandscape) -> Iterator[Tensor]:
             yield landscape.gradients_of_samples(index, start, stop, vectorized=False)
 
 
-def _check_mean(gradient: Tensor, mean: Tensor, length: float) -> None:
+def _check_mean(gradient: Tensor, mean: Tensor, length: float, tolerance: float) -> None:
     deviation = float(torch.linalg.vector_norm(mean - gradient))
-    if not deviation <= 1e3 * torch.finfo(gradient.dtype).eps * max(length, 1e-30):
+    if not deviation <= tolerance * max(length, 1e-30):
         raise UndefinedMeasureError(
             "Expected a loss that is the mean of the losses of single samples, got one whose gradient is not the mean "
             f"of theirs (off by {deviation:.2g}). Measure in mode='eval' if the module normalises or drops out over a "

@@ -112,6 +112,7 @@ def worst_case_sharpness(
                 share = part.num_samples / landscape.num_samples
                 value, gap = value + share * rise, gap + share * missed
                 landscape.cost.gradient_evaluations += share * part.cost.gradient_evaluations
+        gap += _weight_rounding(landscape)
     return SharpnessResult(
         value=torch.tensor(value, dtype=landscape.dtype, device=landscape.device),
         error=torch.tensor(gap, dtype=landscape.dtype, device=landscape.device),
@@ -167,7 +168,8 @@ def average_case_sharpness(
             z = noise * (rho / math.sqrt(chart.num_coordinates))
             rises.append(sum(_loss_at(landscape, chart, side) for side in (z, -z)) / 2 - centre)
     value, error = mean_and_error(torch.tensor(rises, dtype=torch.float64))
-    error = torch.hypot(error, torch.tensor(torch.finfo(landscape.dtype).eps * abs(centre), dtype=torch.float64))
+    rounding = max(torch.finfo(landscape.dtype).eps * abs(centre), _weight_rounding(landscape))
+    error = torch.hypot(error, torch.tensor(rounding, dtype=torch.float64))
     return SharpnessResult(
         value=value.to(landscape.dtype).to(landscape.device),
         error=error.to(landscape.dtype).to(landscape.device),
@@ -214,6 +216,15 @@ def check_average_arguments(rho: Any, num_draws: Any, tol: float) -> None:
 def _check_rho(rho: Any) -> None:
     if not (isinstance(rho, int | float) and 0 < rho < math.inf):
         raise ValueError(f"Expected `rho` to be > 0 and finite, got {rho!r}.")
+
+
+def _weight_rounding(landscape: LossLandscape) -> float:
+    """Return by how much the rounding of weights of low precision (bfloat16, say) moves the loss, roughly.
+
+    Weights that are kept in the dtype of vectors are moved by full steps; others only from one value to the next.
+    """
+    coarse = [torch.finfo(p.dtype).eps for p in landscape.parameters if p.dtype != landscape.dtype]
+    return max(coarse) * abs(float(landscape.loss())) if coarse else 0.0
 
 
 def _check_radius(chart: Chart, reach: float, geometry: str | Geometry) -> None:
