@@ -135,6 +135,17 @@ def test_in_a_collection_each_metric_keeps_its_own_value():
     assert len({float(v) for v in values.values()}) == 4
 
 
+def test_in_a_collection_metrics_of_equal_values_stay_apart():
+    chain = example_chain()
+    collection = MetricCollection({"all": BasisPathBalance(), "without": BasisPathBalance(ignore_zeros=True)})
+    collection.update(landscape_of(chain))  # no zeros: the same value
+    nn.init.zeros_(chain.module[0].bias)
+    collection.update(landscape_of(chain))
+    values = collection.compute()
+    assert values["all"] == math.inf
+    assert values["without"] < math.inf
+
+
 @pytest.mark.parametrize("metric", [PSISharpness(), BasisPathBalance(), BasisPathBalance(log10=True)], ids=repr)
 def test_contract_of_metrics(metric):
     chain = example_chain()

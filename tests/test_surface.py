@@ -383,17 +383,20 @@ def test_monitor_logs_a_picture_every_n_epochs_and_changes_nothing(tmp_path):
     assert monitor.surface.losses.shape == (5, 5)
 
 
-def test_monitor_keeps_its_radius_and_directions(tmp_path):
+def test_monitor_keeps_its_radius_and_directions(tmp_path, monkeypatch):
+    radii: list[float | None] = []
     seen: list[LossSurface] = []
 
-    class Recorder(LossSurfaceMonitor):
-        def _measure_and_log(self, *args, **kwargs):
-            super()._measure_and_log(*args, **kwargs)
-            seen.append(self.surface)
+    def recorded(*args, radius, **kwargs):
+        radii.append(radius)
+        seen.append(loss_surface(*args, radius=radius, **kwargs))
+        return seen[-1]
 
-    trained(TensorBoardLogger(tmp_path), Recorder(num_points=3, probe_size=8), max_epochs=2)
-    assert len(seen) == 3
-    assert all(torch.equal(s.x, seen[0].x) and torch.equal(s.directions, seen[0].directions) for s in seen)
+    monkeypatch.setattr("lightning_flatness.callbacks.loss_surface_monitor.loss_surface", recorded)
+    trained(TensorBoardLogger(tmp_path), LossSurfaceMonitor(num_points=3, probe_size=8), max_epochs=2)
+    reach = float(seen[0].x[-1])
+    assert radii == [None, reach, reach]  # the first picture chooses
+    assert all(torch.equal(s.directions, seen[0].directions) for s in seen)
 
 
 def test_monitor_looks_as_far_after_a_resume(tmp_path):
