@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_flatness import (
     AverageCaseSharpness,
+    BasisPathBalance,
     GradientNoise,
     HessianTrace,
     InvariantSharpness,
@@ -18,6 +19,7 @@ from lightning_flatness import (
     MinimumSharpness,
     NoiseCurvatureRatio,
     OutputLoss,
+    PSISharpness,
     RelativeFlatness,
     SpectralDensity,
     TopEigenvalues,
@@ -40,6 +42,8 @@ METRICS: dict[str, Callable[[], FlatnessMetric]] = {
     "RelativeFlatness": lambda: RelativeFlatness(num_products=8),
     "MinimumSharpness": lambda: MinimumSharpness(num_products=16),
     "GradientNoise": GradientNoise,
+    "PSISharpness": PSISharpness,
+    "BasisPathBalance": BasisPathBalance,
     "NoiseCurvatureRatio": lambda: NoiseCurvatureRatio(num_products=8),
 }
 

@@ -151,7 +151,8 @@ def test_model_checkpoint_and_early_stopping_can_monitor_flatness(tmp_path, with
     stopping = EarlyStopping("flatness/lambda_max", patience=0, mode="min")
     data = (loader(), loader(shuffle=False)) if with_validation else (loader(),)
     options = {"enable_checkpointing": True, "max_epochs": 20}
-    run, recorder = fit(tmp_path, FlatnessMonitor(), checkpoint, stopping, data=data, **options)
+    torch.manual_seed(0)
+    run, recorder = fit(tmp_path, FlatnessMonitor(tol=1e-4), checkpoint, stopping, data=data, **options)
     values = [m["flatness/lambda_max"] for _, m in flatness_records(recorder)][1:]
     assert run.current_epoch < 20
     assert values[-1] >= min(values)
@@ -190,7 +191,7 @@ def test_non_convergence_is_said_once_per_metric_and_the_residual_is_logged(tmp_
 
 
 def test_a_long_measurement_reports_progress(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lightning_flatness.callbacks.flatness_monitor._FIRST_MESSAGE_AFTER", 0.0)
+    monkeypatch.setattr("lightning_flatness.callbacks.landscape_monitor._FIRST_MESSAGE_AFTER", 0.0)
     fit(tmp_path, FlatnessMonitor(), max_epochs=1, enable_progress_bar=True)
     assert "FlatnessMonitor: measuring for" in capsys.readouterr().out
 

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
-import lightning_flatness
 from lightning_flatness import (
     BasisPathBalance,
     FlatnessMonitor,
@@ -27,6 +26,7 @@ from lightning_flatness import (
     LossLandscape,
     PSISharpness,
     TopEigenvalues,
+    WorstCaseSharpness,
 )
 from lightning_flatness.metrics.path import basis_path_balance
 
@@ -85,12 +85,9 @@ def test_a_bias_of_zero_makes_the_balance_infinite_unless_zeros_are_ignored():
 
 
 def test_worst_case_in_a_ball_of_paths_does_not_change_when_units_are_rescaled():
-    worst_case = getattr(lightning_flatness, "WorstCaseSharpness", None)
-    if worst_case is None:
-        pytest.skip("the general estimator of worst-case sharpness is not there yet")
     chain = example_chain()
     radius = landscape_of(chain).chart("path").radius
-    value = measured(worst_case(rho=0.3 * radius, geometry="path"), landscape_of(chain))
+    value = measured(WorstCaseSharpness(rho=0.3 * radius, geometry="path"), landscape_of(chain))
     chart, at = landscape_of(chain).chart("path"), landscape_of(chain)
     loss, generator = float(at.loss()), torch.Generator().manual_seed(0)
     for _ in range(50):
@@ -99,10 +96,10 @@ def test_worst_case_in_a_ball_of_paths_does_not_change_when_units_are_rescaled()
             assert float(at.loss()) - loss <= float(value)
     chain.rescale_units(torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        measured(worst_case(rho=0.3 * radius, geometry="path"), landscape_of(chain)), value, rtol=1e-6, atol=0
+        measured(WorstCaseSharpness(rho=0.3 * radius, geometry="path"), landscape_of(chain)), value, rtol=1e-6, atol=0
     )
-    with pytest.raises(ValueError, match="Expected `rho` to be <"):  # the chart ends there
-        measured(worst_case(rho=2 * radius, geometry="path"), landscape_of(chain))
+    with pytest.raises(ValueError, match="Expected a `rho` whose ball stays within"):  # the chart ends there
+        measured(WorstCaseSharpness(rho=2 * radius, geometry="path"), landscape_of(chain))
 
 
 @pytest.mark.parametrize("graph_memory", [2**30, 0])

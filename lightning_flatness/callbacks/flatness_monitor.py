@@ -1,4 +1,4 @@
-"""Flatness curves of a training run: when to measure, on which samples, and under which names to log.
+"""Flatness curves of a training run: what to measure, and under which names to log it.
 
 What is measured is left to the metrics, how to leave no trace to the landscape. Values go to the loggers
 themselves, at ``trainer.global_step``, the number of optimizer steps behind the weights that were measured;
@@ -11,26 +11,20 @@ import math
 import time
 from typing import Any, Literal
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_flatness.batches import copy_batch
+from lightning_flatness.callbacks.landscape_monitor import LandscapeMonitor
 from lightning_flatness.callbacks.pictures import custom_scalars_layout, log_figure, log_layout
 from lightning_flatness.estimators import UndefinedMeasureError
 from lightning_flatness.geometry import Euclidean, MissingOptimizerStateError, OptimizerGeometry
-from lightning_flatness.isolation import Mode, isolated
-from lightning_flatness.landscape import Differentiation, LossFunction, LossLandscape, check_options
+from lightning_flatness.isolation import Mode
+from lightning_flatness.landscape import Differentiation, LossFunction, LossLandscape
 from lightning_flatness.metrics import FlatnessMetric, Preset, SpectralDensity, TopEigenvalues, preset_metrics
-from lightning_flatness.probe import SeenBatches, can_index, draw_probe
 from lightning_flatness.stability import is_preconditioned, stability_edge
 
-_UNSUPPORTED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
-_FIRST_MESSAGE_AFTER = 10.0
 
-
-class FlatnessMonitor(Callback):
+class FlatnessMonitor(LandscapeMonitor):
     r"""Measures how sharp the minimum is that training moves to, and logs it, without changing the run.
 
     Measures before training and at the end of training epochs, always on the same samples, and logs to every
@@ -106,109 +100,43 @@ class FlatnessMonitor(Callback):
         differentiation: Differentiation = "auto",
         seed: int = 0,
     ) -> None:
-        _check_positive("probe_size", probe_size)
-        for name, value in [("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)]:
-            if value is not None:
-                _check_positive(name, value)
-        if probe_batch_size is not None:
-            _check_positive("probe_batch_size", probe_batch_size)
-        if split not in ("train", "val"):
-            raise ValueError(f"Expected `split` to be 'train' or 'val', got {split!r}.")
-        check_options(mode, differentiation)
+        super().__init__(
+            every_n_epochs=every_n_epochs,
+            every_n_steps=every_n_steps,
+            probe_size=probe_size,
+            probe_batch_size=probe_batch_size,
+            split=split,
+            loss_fn=loss_fn,
+            mode=mode,
+            log_key_prefix=log_key_prefix,
+            differentiation=differentiation,
+            seed=seed,
+        )
         self.preset: Preset | None = "default" if metrics is None else metrics if isinstance(metrics, str) else None
         if isinstance(metrics, str) or metrics is None:
             metrics = preset_metrics(self.preset or "default", top_k=top_k, tol=tol, seed=seed)
         _check_metrics(metrics)
         self.metrics = metrics
         self.tol = tol
-        self.every_n_epochs = every_n_epochs
-        self.every_n_steps = every_n_steps
-        self.probe_size = probe_size
-        self.probe_batch_size = probe_batch_size
-        self.split = split
-        self.loss_fn = loss_fn
-        self.mode: Mode = mode
-        self.log_key_prefix = log_key_prefix
-        self.differentiation: Differentiation = differentiation
-        self.seed = seed
-        self._probe: list[Any] | None = None
-        self._is_transferred = False
-        self._seen: SeenBatches | None = None
-        self._last_step: int | None = None
-        self._warned: set[str] = set()
-
-    # -------------------------------------------------------------------------------------------------- hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that this module can be measured under this Trainer."""
-        if stage != "fit":
-            return
-        self._probe = self._seen = self._last_step = None
-        self._is_transferred = False
-        for metric in self.metrics.values():
-            metric.reset()
-        if not pl_module.automatic_optimization and self.loss_fn is None:
-            raise MisconfigurationException(
-                "Expected `FlatnessMonitor(loss_fn=...)` for a module with manual optimization, whose `training_step` "
-                "updates the weights itself. HINT: pass loss_fn=lambda module, batch: ... that returns the mean loss "
-                "of a batch."
-            )
-        names = {base.__name__ for base in type(trainer.strategy).__mro__}
-        if unsupported := names & _UNSUPPORTED_STRATEGIES:
-            raise MisconfigurationException(
-                f"Expected a strategy that keeps all weights on every rank, got {unsupported.pop()}, which shards "
-                "them. "
-                "HINT: use strategy='ddp' or a single device, or measure checkpoints of this run with LossLandscape."
-            )
-        if trainer.barebones:
-            rank_zero_info("FlatnessMonitor measures nothing under `Trainer(barebones=True)`, which disables logging.")
+        """Check that this module can be measured under this Trainer, and forget an earlier run."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            for metric in self.metrics.values():
+                metric.reset()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the samples and measure once before training."""
-        if trainer.barebones:
-            return
-        self._draw_probe(trainer)
+    def prepare(self, trainer: Trainer) -> None:
+        """Add what the edge of the optimizer's stability takes, and tell TensorBoard which curves belong together."""
         has_edge = not math.isnan(stability_edge(trainer.optimizers))
         if self.preset is not None and has_edge and is_preconditioned(trainer.optimizers):
             sharpness = TopEigenvalues(geometry="optimizer", tol=self.tol, seed=self.seed)
             self.metrics.setdefault("preconditioned_sharpness", sharpness)
         log_layout(trainer, custom_scalars_layout(self._charts(trainer), self.log_key_prefix.rstrip("/") or "flatness"))
-        if trainer.global_step > 0:
-            self._last_step = trainer.global_step  # a resumed run: these weights have been measured before
-        elif self._probe is not None:
-            self._measure_and_log(trainer, pl_module, on_step=False)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Collect samples where they cannot be drawn."""
-        if self._seen is not None and self._probe is None:
-            self._seen.collect(batch)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Measure after every n-th optimizer step."""
-        step = trainer.global_step
-        if self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0:
-            self._measure_once(trainer, pl_module, on_step=True)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure at the end of every n-th epoch."""
-        if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._measure_once(trainer, pl_module, on_step=False)
-
-    # ---------------------------------------------------------------------------------------------- measuring
-
-    def _measure_once(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
-        if trainer.barebones or trainer.global_step == self._last_step:
-            return
-        if self._seen is not None and (self._seen.is_complete or not on_step):
-            self._probe, self._seen, self._is_transferred = self._seen.batches, None, True
-        if self._probe is not None:
-            self._measure_and_log(trainer, pl_module, on_step=on_step)
-
-    def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
-        values = self._measure(trainer, pl_module)
-        self._last_step = trainer.global_step
+    def measure_and_log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
+        """Measure all metrics in one measurement, and log them when all have succeeded."""
+        values = self._values(trainer, pl_module)
         for name, metric in self.metrics.items():
             if isinstance(metric, SpectralDensity):
                 log_figure(trainer, f"{self.log_key_prefix}{name}", metric.figure())
@@ -218,17 +146,14 @@ class FlatnessMonitor(Callback):
             # The loggers have it; this is for callback_metrics. Ranks agree: sync_dist keeps Lightning from asking.
             pl_module.log(key, value, logger=False, on_step=on_step, on_epoch=not on_step, sync_dist=True, batch_size=1)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+    def _values(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         start = time.perf_counter()
         values: dict[str, float] = {}
-        # The precision plugin's context is for the default dtype of 64-true; the landscape turns autocast off.
-        with trainer.precision_plugin.train_step_context():
-            landscape = self._landscape(trainer, pl_module)
-            landscape.on_evaluation = _Progress(trainer, landscape)
-            with landscape.measurement():
-                for name, metric in self.metrics.items():
-                    if self._is_measured(name, metric.to(landscape.device), landscape):
-                        values |= self._named_values(name, metric)
+        landscape = self.landscape(trainer, pl_module)
+        with landscape.measurement():
+            for name, metric in self.metrics.items():
+                if self._is_measured(name, metric.to(landscape.device), landscape):
+                    values |= self._named_values(name, metric)
         self.differentiation = landscape.differentiation  # what "auto" came down to, so that it warns once
         sharpness, edge = self._sharpness_at_the_edge(trainer), stability_edge(trainer.optimizers)
         if sharpness in values and not math.isnan(edge):
@@ -236,21 +161,6 @@ class FlatnessMonitor(Callback):
         values["gradient_evaluations"] = landscape.cost.gradient_evaluations
         values["seconds"] = time.perf_counter() - start
         return {f"{self.log_key_prefix}{name}": value for name, value in values.items()}
-
-    def _landscape(self, trainer: Trainer, pl_module: LightningModule) -> LossLandscape:
-        assert self._probe is not None
-        batches = self._probe
-        if not self._is_transferred:
-            batches = _transferred(trainer, pl_module, batches, self.seed)
-        return LossLandscape(
-            pl_module,
-            batches,
-            self.loss_fn,
-            mode=self.mode,
-            differentiation=self.differentiation,
-            seed=self.seed,
-            optimizer=trainer.optimizers,
-        )
 
     def _is_measured(self, name: str, metric: FlatnessMetric, landscape: LossLandscape) -> bool:
         """Measure, unless there is nothing to measure: yet, or for this module in a named set of metrics."""
@@ -304,89 +214,6 @@ class FlatnessMonitor(Callback):
         if sharpness and not math.isnan(stability_edge(trainer.optimizers)):
             charts["edge of stability"] = [self.log_key_prefix + key for key in (sharpness, "stability_edge")]
         return charts
-
-    # -------------------------------------------------------------------------------------------------- probe
-
-    def _draw_probe(self, trainer: Trainer) -> None:
-        loader = trainer.train_dataloader if self.split == "train" else _first_loader(trainer.val_dataloaders)
-        if loader is None:
-            raise MisconfigurationException(
-                f"Expected a {self.split} dataloader for FlatnessMonitor(split={self.split!r}), got none. HINT: define "
-                f"`{self.split}_dataloader`, do not limit its batches to 0, or choose the other split."
-            )
-        if can_index(loader):
-            self._probe = draw_probe(
-                loader,
-                self.probe_size,
-                batch_size=self.probe_batch_size,
-                max_batches=trainer.num_training_batches if self.split == "train" else float("inf"),
-                seed=self.seed,
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
-            )
-        elif self.split == "train":
-            self._seen = SeenBatches(-(-self.probe_size // trainer.world_size))
-            rank_zero_info(
-                "FlatnessMonitor: the training data has no length, or several loaders; measuring on the first "
-                f"{self.probe_size} samples that training sees, from the end of the first epoch on."
-            )
-        else:
-            raise MisconfigurationException(
-                "Expected a validation dataset with a length for FlatnessMonitor(split='val'). HINT: use split='train'."
-            )
-
-
-def _transferred(trainer: Trainer, pl_module: LightningModule, batches: list[Any], seed: int) -> list[Any]:
-    """Do to batches what the training loop does to them before the training step, the user's hooks included."""
-    datamodule = getattr(trainer, "datamodule", None)
-    source: Any = datamodule if _overrides(datamodule, "on_before_batch_transfer") else pl_module
-    transferred = []
-    with isolated(pl_module, "train", pl_module.device, seed) as isolation, torch.no_grad():
-        for index, batch in enumerate(batches):
-            with isolation.forward_pass(index):
-                batch = trainer.precision_plugin.convert_input(copy_batch(batch))
-                batch = source.on_before_batch_transfer(batch, 0)
-                transferred.append(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
-    return transferred
-
-
-def _overrides(instance: Any, hook: str) -> bool:
-    own = [c for c in type(instance).__mro__ if not c.__module__.startswith(("lightning.", "pytorch_lightning."))]
-    return any(hook in vars(c) for c in own)
-
-
-def _first_loader(loaders: Any) -> Any:
-    if isinstance(loaders, list | tuple):
-        return loaders[0] if loaders else None
-    return loaders
-
-
-class _Progress:
-    """Says, after a while and ever more rarely, that a long measurement is under way."""
-
-    def __init__(self, trainer: Trainer, landscape: LossLandscape) -> None:
-        self._trainer = trainer
-        self._landscape = landscape
-        self._start = time.perf_counter()
-        self._next = _FIRST_MESSAGE_AFTER
-
-    def __call__(self) -> None:
-        elapsed = time.perf_counter() - self._start
-        if elapsed < self._next:
-            return
-        self._next = 2 * elapsed
-        if self._trainer.is_global_zero:
-            bar = self._trainer.progress_bar_callback
-            message = (
-                f"FlatnessMonitor: measuring for {elapsed:.0f} s, "
-                f"{self._landscape.cost.num_products} Hessian-vector products so far."
-            )
-            (rank_zero_info if bar is None else bar.print)(message)
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"Expected `{name}` to be an integer >= 1, got {value!r}.")
 
 
 def _check_metrics(metrics: Any) -> None:

@@ -7,15 +7,15 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_flatness.callbacks.figures import log_figure
-from lightning_flatness.callbacks.flatness_monitor import FlatnessMonitor
+from lightning_flatness.callbacks.landscape_monitor import LandscapeMonitor
+from lightning_flatness.callbacks.pictures import log_figure
 from lightning_flatness.geometry import Geometry, resolve_geometry
 from lightning_flatness.isolation import Mode
 from lightning_flatness.landscape import LossFunction
 from lightning_flatness.surface import LossSurface, check_options, loss_surface
 
 
-class LossSurfaceMonitor(FlatnessMonitor):
+class LossSurfaceMonitor(LandscapeMonitor):
     r"""Draws the loss around the current weights, and logs the picture, without changing the run.
 
     Measures before training and at the end of every n-th training epoch, on the same samples as
@@ -74,12 +74,14 @@ class LossSurfaceMonitor(FlatnessMonitor):
     ) -> None:
         super().__init__(
             every_n_epochs=every_n_epochs,
+            every_n_steps=None,
             probe_size=probe_size,
             probe_batch_size=probe_batch_size,
             split=split,
             loss_fn=loss_fn,
             mode=mode,
             log_key_prefix=log_key_prefix,
+            differentiation="auto",
             seed=seed,
         )
         if directions not in ("random", "eigenvectors"):
@@ -112,19 +114,18 @@ class LossSurfaceMonitor(FlatnessMonitor):
         if stage == "fit":
             self.surface, self._reach = None, self.radius
 
-    def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
-        with trainer.precision_plugin.train_step_context():
-            self.surface = loss_surface(
-                self._landscape(trainer, pl_module),
-                self.directions,
-                self.geometry,
-                num_directions=self.num_directions,
-                radius=self._reach,
-                num_points=self.num_points,
-                seed=self.seed,
-            )
+    def measure_and_log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
+        """Measure the surface and log its picture."""
+        self.surface = loss_surface(
+            self.landscape(trainer, pl_module),
+            self.directions,
+            self.geometry,
+            num_directions=self.num_directions,
+            radius=self._reach,
+            num_points=self.num_points,
+            seed=self.seed,
+        )
         self._reach = float(self.surface.x[-1])
-        self._last_step = trainer.global_step
         figure = self.surface.figure(f"step {trainer.global_step}")
         if not log_figure(trainer, f"{self.log_key_prefix}loss_surface", figure) and "loggers" not in self._warned:
             self._warned.add("loggers")

@@ -1,12 +1,12 @@
-"""Pictures for loggers: images of spectral densities, and TensorBoard's charts of several curves in one.
+"""Pictures for loggers: figures as images, and TensorBoard's charts of several curves in one.
 
-Only loggers with TensorBoard's writer get them: it is recognised by its methods, so that both packages of Lightning
-and both writers (torch's and tensorboardX's) count. Nothing here touches pyplot, which has state of its own.
+Loggers are recognised by what they can do, and those that cannot show pictures are passed over. Nothing here touches
+pyplot, which has state of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,26 +36,45 @@ def custom_scalars_layout(charts: Mapping[str, Sequence[str]], title: str = "fla
 
 
 def log_layout(trainer: Trainer, layout: Layout) -> None:
-    """Write a layout of charts to the loggers that know them.
+    """Write a layout of charts to the loggers that know them, which are TensorBoard's.
 
     Args:
         trainer: Whose loggers to write to; ranks other than the first write nothing.
         layout: See :func:`custom_scalars_layout`.
     """
-    for writer in _writers(trainer, "add_custom_scalars"):
-        writer.add_custom_scalars(layout)
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        # By name, so that both packages of Lightning count; tensorboardX has the method, too.
+        if any("TensorBoard" in base.__name__ for base in type(logger).__mro__):
+            writer: Any = getattr(logger, "experiment", None)
+            if callable(getattr(writer, "add_custom_scalars", None)):
+                writer.add_custom_scalars(layout)
 
 
-def log_figure(trainer: Trainer, key: str, figure: Figure) -> None:
-    """Write a figure as an image, at the current step, to the loggers that take images.
+def log_figure(trainer: Trainer, key: str, figure: Figure) -> bool:
+    """Log a figure as an image, at the current step, to every logger that takes images.
 
     Args:
-        trainer: Whose loggers to write to; ranks other than the first write nothing.
+        trainer: Whose loggers. On ranks other than zero nothing is drawn or logged.
         key: Name of the image.
-        figure: Drawn without pyplot.
+        figure: Drawn without pyplot, so that the user's backend and open figures are left alone.
+
+    Returns:
+        Whether a logger took it, or this is not rank zero.
     """
-    for writer in _writers(trainer, "add_image"):
-        writer.add_image(key, pixels(figure), trainer.global_step, dataformats="HWC")
+    if not trainer.is_global_zero:
+        return True
+    loggers: list[Any] = [logger for logger in trainer.loggers if hasattr(logger, "log_image") or _takes_images(logger)]
+    image = pixels(figure) if loggers else None
+    for logger in loggers:
+        if hasattr(logger, "log_image"):  # Weights and Biases
+            logger.log_image(key=key, images=[image], step=trainer.global_step)
+        else:
+            logger.experiment.add_image(key, image, trainer.global_step, dataformats="HWC")
+    return bool(loggers)
+
+
+def _takes_images(logger: Any) -> bool:
+    return hasattr(getattr(logger, "experiment", None), "add_image")
 
 
 def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
@@ -70,13 +89,3 @@ def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba(), dtype=np.uint8)[..., :3].copy()
-
-
-def _writers(trainer: Trainer, method: str) -> Iterable[Any]:
-    """Yield the TensorBoard writers of the trainer's loggers."""
-    if trainer.is_global_zero:
-        for logger in trainer.loggers:
-            if any("TensorBoard" in base.__name__ for base in type(logger).__mro__):
-                writer = getattr(logger, "experiment", None)
-                if callable(getattr(writer, method, None)):
-                    yield writer
