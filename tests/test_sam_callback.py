@@ -737,6 +737,24 @@ def test_a_second_pass_that_raises_leaves_everything_as_it_was(where, geometry):
     assert not {"training_step", "on_after_backward", "log"} & set(module.__dict__)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_submodules_see_one_pass():
+    class Scripted(Net):
+        def __init__(self):
+            super().__init__()
+            self.extra = torch.jit.script(nn.BatchNorm1d(5, momentum=0.5))
+
+        def loss(self, batch):
+            return super().loss((self.extra(batch[0]), batch[1]))
+
+    ends = []
+    for rho in (None, 1e-30):
+        module = Scripted()
+        fit(module, *([] if rho is None else [SharpnessAwareMinimization(rho)]))
+        ends.append(state_of(module))
+    assert_same_bits(*ends)
+
+
 def test_tensor_hooks_act_on_the_sharpness_aware_gradient():
     module, gradients = Net(), Gradients()
     mask = (torch.rand(12, 5) < 0.5).float()
