@@ -9,6 +9,7 @@ difference of the peaks of two processes that train a network of which little bu
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import resource
 import statistics
@@ -97,13 +98,15 @@ def peak_bytes(geometry: str | None, accumulate: int) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux
 
 
+@functools.cache
+def peak_of_a_process(geometry: str, accumulate: int) -> int:
+    command = [sys.executable, __file__, "--peak", geometry, str(accumulate)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
 def copies_of_the_weights(geometry: str, accumulate: int) -> float:
     """Return how many copies of the weights SAM adds to the peak."""
-    peaks = []
-    for name in ("none", geometry):
-        command = [sys.executable, __file__, "--peak", name, str(accumulate)]
-        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
-    return (peaks[1] - peaks[0]) / (4 * 4096 * 4096 * 4)
+    return (peak_of_a_process(geometry, accumulate) - peak_of_a_process("none", accumulate)) / (4 * 4096 * 4096 * 4)
 
 
 def main() -> None:

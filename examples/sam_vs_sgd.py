@@ -4,7 +4,7 @@
 
 trains a small convolutional network with SGD and with SAM, several seeds each, with the flatness monitor on both;
 writes TensorBoard logs side by side, draws the curves, and prints what came out: after the same number of optimizer
-steps, and after the same number of gradient evaluations, of which SAM takes two per step.
+steps, after the same number of gradient evaluations, of which SAM takes two per step, and at the same training loss.
 """
 
 from __future__ import annotations
@@ -105,49 +105,48 @@ def read_curves(log_dir: Path, steps_per_epoch: int) -> Curves:
     return curves
 
 
-def print_table(rows: dict[str, tuple[list[Curves], int]]) -> None:
-    """Print the mean ± standard deviation over seeds of each column; a row names its runs and the epoch to look at."""
+def epoch_of_loss(run: Curves, loss: float) -> int:
+    """Return the first epoch that reaches a training loss, the last one if none does."""
+    losses = run["train_loss"]
+    return next((i for i, value in enumerate(losses, 1) if value <= loss), len(losses))
+
+
+def print_table(rows: dict[str, tuple[list[Curves], list[int]]]) -> None:
+    """Print mean ± standard deviation over seeds of each column; a row has runs and the epoch of each to look at."""
     cells = [["", *COLUMNS]]
-    for title, (runs, epoch) in rows.items():
+    for title, (runs, epochs) in rows.items():
         cells.append([title])
         for tag, form in COLUMNS.values():
-            mean, deviation = mean_and_deviation([run[tag][epoch - 1] for run in runs])
-            spread = "" if tag == "gradient_evaluations" else f" ± {form.format(deviation)}"
-            cells[-1].append(form.format(mean) + spread)
+            mean, deviation = mean_and_deviation(at(runs, epochs, tag))
+            cells[-1].append(form.format(mean) + (f" ± {form.format(deviation)}" if deviation else ""))
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     for row in cells:
         print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
+
+
+def at(runs: list[Curves], epochs: list[int], tag: str) -> list[float]:
+    return [run[tag][epoch - 1] for run, epoch in zip(runs, epochs, strict=True)]
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
 
 
-def verdict(sam: list[float], sgd: list[float], unit: str, form: str) -> str:
-    """Say how SAM's values differ from SGD's, seed by seed, and whether the seeds agree."""
-    differences = [a - b for a, b in zip(sam, sgd, strict=True)]
-    mean, deviation = mean_and_deviation(differences)
-    lower, higher = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
-    return (
-        f"{form.format(mean)} ± {form.format(deviation).lstrip('+')}{unit} (lower in {lower}, higher in {higher} seeds)"
-    )
+def print_verdicts(rows: dict[str, tuple[list[Curves], list[int]]]) -> None:
+    """Print SAM minus each SGD row, paired by seed, and in how many seeds it is lower: the spread hides that."""
+    (_, sam), *others = rows.items()
+    for title, sgd in others:
+        print(f"SAM minus {title}, paired by seed:")
+        for name in ("lambda_max", "invariant sharpness", "test accuracy, %"):
+            tag, form = COLUMNS[name]
+            differences = [a - b for a, b in zip(at(*sam, tag), at(*sgd, tag), strict=True)]
+            mean, deviation = mean_and_deviation(differences)
+            lower, higher = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
+            counts = f"lower in {lower}, higher in {higher} of {len(differences)} seeds"
+            print(f"  {name:<19} {form.replace(':', ':+').format(mean):>8} ± {form.format(deviation):<6} {counts}")
 
 
-def print_verdicts(sgd: list[Curves], sam: list[Curves], num_epochs: int) -> None:
-    """Print SAM minus SGD, paired by seed: what the table's spread over seeds hides."""
-    for title, epoch in (("the same steps", num_epochs), ("the same gradients", 2 * num_epochs)):
-        print(f"SAM minus SGD at {title}, paired by seed:")
-        for name, form in (
-            ("lambda_max", "{:+.2f}"),
-            ("invariant sharpness", "{:+.1f}"),
-            ("test accuracy, %", "{:+.2f}"),
-        ):
-            tag = COLUMNS[name][0]
-            values = [[run[tag][e - 1] for run in runs] for runs, e in ((sam, num_epochs), (sgd, epoch))]
-            print(f"  {name:<20} {verdict(*values, '', form)}")
-
-
-def draw(runs: dict[str, list[Curves]], path: Path, title: str) -> None:
+def draw(runs: dict[str, list[Curves]], path: Path, title: str, every_n_epochs: int) -> None:
     """Draw mean and range over the seeds, over gradient evaluations: there a step of SAM counts twice."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -159,14 +158,15 @@ def draw(runs: dict[str, list[Curves]], path: Path, title: str) -> None:
     )
     for ax, (tag, name, scale) in zip(axes, panels, strict=True):
         for color, (label, seeds) in zip(("C0", "C1"), runs.items(), strict=True):
-            x = seeds[0]["gradient_evaluations"]
-            columns = list(zip(*(run[tag] for run in seeds), strict=True))
-            ax.plot(x, [statistics.fmean(c) for c in columns], color=color, label=label, lw=1.8)
+            step = every_n_epochs if tag.startswith("flatness/") else 1  # in between nothing was measured
+            x = seeds[0]["gradient_evaluations"][step - 1 :: step]
+            columns = list(zip(*(run[tag][step - 1 :: step] for run in seeds), strict=True))
+            ax.plot(x, [statistics.fmean(c) for c in columns], color=color, label=label, lw=1.8, marker="o", ms=3)
             ax.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.18, lw=0)
         ax.set(title=name, xlabel="gradient evaluations", yscale=scale)
         ax.grid(alpha=0.3)
     low = min(statistics.median(run["test_accuracy"]) for seeds in runs.values() for run in seeds)
-    axes[2].set_ylim(bottom=low - 2)
+    axes[2].set_ylim(low - 3, 100)
     axes[0].legend()
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
@@ -181,7 +181,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=0.03)
     parser.add_argument("--momentum", type=float, default=0.9)
-    parser.add_argument("--rho", type=float, default=0.1)
+    parser.add_argument("--rho", type=float, default=0.05)
     parser.add_argument("--geometry", default="euclidean", help="euclidean (SAM), element (ASAM), layer or filter")
     parser.add_argument("--out", type=Path, default=Path("logs/sam_vs_sgd"))
     return parser.parse_args()
@@ -198,20 +198,24 @@ def main() -> None:
         sgd.append(train("sgd", [], seed, 2 * args.epochs, args))
         sam.append(train("sam", [callback], seed, args.epochs, args))
         print(f"seed {seed} done after {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    epochs = [args.epochs] * args.seeds
+    reached = [epoch_of_loss(a, b["train_loss"][-1]) for a, b in zip(sgd, sam, strict=True)]
     rows = {
-        f"SGD, {args.epochs} epochs": (sgd, args.epochs),
-        f"SAM, {args.epochs} epochs": (sam, args.epochs),
-        f"SGD, {2 * args.epochs} epochs": (sgd, 2 * args.epochs),
+        "SAM": (sam, epochs),
+        "SGD, same steps": (sgd, epochs),
+        "SGD, same gradients": (sgd, [2 * epoch for epoch in epochs]),
+        "SGD, same train loss": (sgd, reached),
     }
     print(
         f"{args.data}: rho={args.rho} ({args.geometry}), lr={args.lr}; mean ± standard deviation, {args.seeds} seeds\n"
     )
     print_table(rows)
     print()
-    print_verdicts(sgd, sam, args.epochs)
+    print_verdicts(rows)
     path = args.out / f"sam_vs_sgd_{args.data}.png"
     labels = {"SGD": sgd, f"SAM, rho={args.rho}": sam}
-    draw(labels, path, f"{args.data}: mean and range over {args.seeds} seeds; each step of SAM takes two gradients")
+    title = f"{args.data}: mean and range over {args.seeds} seeds; each step of SAM takes two gradients"
+    draw(labels, path, title, args.every_n_epochs)
     print(f"\nTook {time.perf_counter() - start:.0f} s. Curves: {path}")
     print(f"Open them in TensorBoard:  tensorboard --logdir {args.out}")
 

@@ -188,8 +188,8 @@ class LandscapeMonitor(Callback):
         loader = trainer.train_dataloader if self.split == "train" else _first_loader(trainer.val_dataloaders)
         if loader is None:
             raise MisconfigurationException(
-                f"Expected a {self.split} dataloader for {type(self).__name__}(split={self.split!r}), got none. HINT: define "
-                f"`{self.split}_dataloader`, do not limit its batches to 0, or choose the other split."
+                f"Expected a {self.split} dataloader for {type(self).__name__}(split={self.split!r}), got none. HINT: "
+                f"define `{self.split}_dataloader`, do not limit its batches to 0, or choose the other split."
             )
         if can_index(loader):
             self._probe = draw_probe(
