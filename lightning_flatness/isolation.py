@@ -148,13 +148,14 @@ class ReplayedPass:
         self._start_rng = _remember_rng(device)
         self._start = _PythonState(module)
         copies: dict[int, Tensor] = {}  # a buffer that is registered twice stays one tensor
+        modules = list(module.modules())
         self._buffers = [
             (m._buffers, {name: _copy_once(b, copies) for name, b in m._buffers.items() if b is not None})
-            for m in module.modules()
+            for m in modules
             if m._buffers and _is_open(m)
         ]
-        scripted = [b for m in module.modules() if not _is_open(m) for b in m._buffers.values() if b is not None]
-        self._exchanged = [(t, _copy_once(t, copies)) for t in (*_small_frozen_parameters(module), *scripted)]
+        scripted = [b for m in modules if not _is_open(m) for b in m._buffers.values() if b is not None]
+        self._exchanged = [(t, _copy_once(t, copies)) for t in (*_small_frozen_parameters(modules), *scripted)]
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -189,9 +190,12 @@ def _is_open(module: nn.Module) -> bool:
     return isinstance(module._buffers, dict)
 
 
-def _small_frozen_parameters(module: nn.Module) -> list[Tensor]:
-    frozen: list[Tensor] = [p for p in module.parameters() if not p.requires_grad]
-    trainable_bytes = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+def _small_frozen_parameters(modules: Iterable[nn.Module]) -> list[Tensor]:
+    parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()
+    frozen: list[Tensor] = [p for p in parameters if not p.requires_grad]
+    if not frozen:
+        return []
+    trainable_bytes = sum(p.nbytes for p in parameters if p.requires_grad)
     return frozen if sum(p.nbytes for p in frozen) <= trainable_bytes else []
 
 

@@ -7,33 +7,34 @@ is a mean over *samples* (of all batches and all ranks), and evaluating it leave
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_flatness.batches import copy_batch, infer_batch_size, prepare_batch, slice_samples, tensors_in
 from lightning_flatness.gauss_newton import Linearization, OutputLoss, normalized_logits
 from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
 from lightning_flatness.isolation import DifferentiableWeightNorm, Isolation, Mode, isolated, preserved_rng
+from lightning_flatness.loss import LossFunction, check_loss, loss_in, trainable_parameters, training_step_of
 from lightning_flatness.per_sample import gradients_by_vmap
-
-LossFunction: TypeAlias = Callable[[nn.Module, Any], Any]
-"""``loss_fn(module, batch)``: the mean loss over the samples of ``batch``, a scalar tensor or a dict with "loss"."""
+from lightning_flatness.second_derivatives import (
+    NotTwiceDifferentiableError,
+    counted_bytes,
+    from_autograd,
+    graph_nodes,
+    second_derivative_error,
+)
 
 Differentiation = Literal["auto", "exact", "finite_difference"]
 
@@ -66,10 +67,6 @@ class _OutputGraph:
 
     linearization: Linearization
     num_bytes: int
-
-
-class NotTwiceDifferentiableError(RuntimeError):
-    """An operator of the module has no second derivative."""
 
 
 class LossLandscape:
@@ -142,13 +139,13 @@ class LossLandscape:
     ) -> None:
         check_options(mode, differentiation)
         self.module = module.module if isinstance(module, DistributedDataParallel) else module
-        self.loss_fn = loss_fn if loss_fn is not None else _training_step_of(self.module)
+        self.loss_fn = loss_fn if loss_fn is not None else training_step_of(self.module)
         self.mode: Mode = mode
         self.differentiation: Differentiation = differentiation
         self.graph_memory = graph_memory
         self.seed = seed
         self.optimizer = optimizer
-        self.parameters = _trainable_parameters(self.module)
+        self.parameters = trainable_parameters(self.module)
         self.num_parameters = sum(p.numel() for p in self.parameters)
         self.device = self.parameters[0].device
         self.dtype = _vector_dtype(self.parameters)
@@ -424,7 +421,7 @@ class LossLandscape:
         for i, row in enumerate(gradients, start=start):
             with self._isolation.forward_pass(index):
                 output = self.loss_fn(self.module, copy_batch(slice_samples(batch, size, i, i + 1)))
-            loss = _check_loss(_loss_in(output))
+            loss = check_loss(loss_in(output))
             for view, piece in zip(
                 self.unflatten(row), torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True
             ):
@@ -448,21 +445,21 @@ class LossLandscape:
         try:
             return graph.linearization.product(pieces, keep=kept is not None)
         except RuntimeError as error:
-            raise _from_autograd(error) from error
+            raise from_autograd(error) from error
 
     def _linearized_batch(self, output_loss: OutputLoss, index: int) -> _OutputGraph:
         assert self._isolation is not None
-        with _counted_bytes() as storages:
+        with counted_bytes() as storages:
             with self._isolation.forward_pass(index), DifferentiableWeightNorm():
                 linearization = Linearization(output_loss, self.module, self._fresh_batch(index), self.parameters)
-            _check_loss(linearization.loss)
+            check_loss(linearization.loss)
             try:
                 linearization.pulled_back()
             except RuntimeError as error:
-                raise _from_autograd(error) from error
-        nodes = (node for f in linearization.outputs for node in _graph_nodes(f))
+                raise from_autograd(error) from error
+        nodes = (node for f in linearization.outputs for node in graph_nodes(f))
         if any(isinstance(node, BackwardCFunction) for node in nodes) and not linearization.is_adjoint():
-            raise _second_derivative_error("a torch.autograd.Function whose backward is not differentiable.")
+            raise second_derivative_error("a torch.autograd.Function whose backward is not differentiable.")
         self.cost.gradient_evaluations += self.batch_sizes[index] / max(1, sum(self.batch_sizes))
         return _OutputGraph(linearization, sum(storages.values()))
 
@@ -522,23 +519,23 @@ class LossLandscape:
                 outputs, self.parameters, directions, retain_graph=kept is not None, allow_unused=True
             )
         except RuntimeError as error:
-            raise _from_autograd(error) from error
+            raise from_autograd(error) from error
 
     def _differentiated_batch(self, index: int) -> _Graph:
-        with _counted_bytes() as storages:
+        with counted_bytes() as storages:
             loss = self._batch_loss(index)
             if not self._is_inspected and self._must_rewrite(loss):
                 loss = self._batch_loss(index)
             try:
                 gradient = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
             except RuntimeError as error:
-                raise _from_autograd(error) from error
+                raise from_autograd(error) from error
         self.cost.gradient_evaluations += self.batch_sizes[index] / max(1, sum(self.batch_sizes))
         return _Graph(gradient, sum(storages.values()))
 
     def _must_rewrite(self, loss: Tensor) -> bool:
         """Look for operators whose second derivative may be wrong; return whether one was replaced."""
-        operators = [type(node) if isinstance(node, BackwardCFunction) else node.name() for node in _graph_nodes(loss)]
+        operators = [type(node) if isinstance(node, BackwardCFunction) else node.name() for node in graph_nodes(loss)]
         self._is_inspected = True
         self._has_custom_functions = any(isinstance(operator, type) for operator in operators)
         self._has_weight_norm = "WeightNormInterfaceBackward0" in operators
@@ -558,7 +555,7 @@ class LossLandscape:
         difference = torch.linalg.vector_norm(product - numeric)
         if difference > max(_VERIFICATION_TOLERANCE, 5 * error) * torch.linalg.vector_norm(numeric):
             self.product_error = error
-            raise _second_derivative_error("a torch.autograd.Function whose backward is not differentiable.")
+            raise second_derivative_error("a torch.autograd.Function whose backward is not differentiable.")
 
     def _fall_back(self, error: NotTwiceDifferentiableError) -> None:
         if self.differentiation == "exact":
@@ -617,7 +614,7 @@ class LossLandscape:
         batch = self._fresh_batch(index)
         with self._isolation.forward_pass(index), rewriting:
             output = self.loss_fn(self.module, batch)
-        loss = _check_loss(_loss_in(output), allow_non_finite)
+        loss = check_loss(loss_in(output), allow_non_finite)
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise RuntimeError(
                 "Expected a loss that depends on the trainable parameters, got one that does not. Check for `detach`, "
@@ -707,21 +704,6 @@ class LossLandscape:
             )
 
 
-@contextmanager
-def _counted_bytes() -> Iterator[dict[int, int]]:
-    """Yield the bytes of the storages that graphs made inside the block keep, by address."""
-    storages: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.layout == torch.strided:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        yield storages
-
-
 def check_options(mode: str, differentiation: str) -> None:
     """Check the options of a landscape that are one of a few words.
 
@@ -751,101 +733,7 @@ def _common_failure(own: Exception | None, counts: list[float]) -> Exception | N
     return None
 
 
-def _from_autograd(error: RuntimeError) -> RuntimeError:
-    """Return the error to raise when differentiating twice failed: ours if that is the reason, else the same."""
-    return _second_derivative_error(str(error)) if _NO_SECOND_DERIVATIVE.search(str(error)) else error
-
-
-def _second_derivative_error(reason: str) -> NotTwiceDifferentiableError:
-    return NotTwiceDifferentiableError(
-        f"Expected operators with a second derivative, got one without: {reason} Replace the operator, or pass "
-        "differentiation='finite_difference' to differentiate the gradient numerically."
-    )
-
-
 _VERIFICATION_TOLERANCE = 0.05
-
-_NO_SECOND_DERIVATIVE = re.compile(
-    r"derivative for .* is not implemented|differentiate twice|once_differentiable|double.?backward",
-    re.IGNORECASE,
-)
-
-
-def _loss_in(output: Any) -> Any:
-    return output["loss"] if isinstance(output, Mapping) and "loss" in output else output
-
-
-def _graph_nodes(loss: Tensor) -> set[Any]:
-    """Return the nodes of the graph of a loss."""
-    nodes: set[Any] = set()
-    pending: list[Any] = [loss.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            pending.extend(following for following, _ in node.next_functions)
-    return nodes
-
-
-def _check_loss(loss: Any, allow_non_finite: bool = False) -> Tensor:
-    if loss is None:
-        raise TypeError(
-            "Expected the loss function (or training_step) to return a scalar tensor or a dict with 'loss', got "
-            "None. Return the loss for every batch of the probe, or pass a `loss_fn` that does."
-        )
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"Expected the loss to be a scalar tensor or a dict with 'loss', got {type(loss).__name__}.")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"Expected the loss to be a scalar, got a tensor of shape {tuple(loss.shape)}. Take the mean over the "
-            "samples of the batch."
-        )
-    if not allow_non_finite and not torch.isfinite(loss):
-        raise ValueError(
-            f"Expected a finite loss, got {loss.item()}. The flatness of a diverged run is not defined: check the "
-            "weights and the samples of the probe."
-        )
-    return loss.reshape(())
-
-
-def _training_step_of(module: nn.Module) -> LossFunction:
-    step = getattr(module, "training_step", None)
-    if step is None:
-        raise TypeError(
-            f"Expected a `loss_fn`, or a LightningModule with a `training_step`, got {type(module).__name__} without "
-            "either. Pass loss_fn=lambda module, batch: ... that returns the mean loss of a batch."
-        )
-    if not getattr(module, "automatic_optimization", True):
-        raise ValueError(
-            "Expected a `loss_fn` for a module with manual optimization, whose `training_step` updates the weights "
-            "itself, got None. Pass loss_fn=lambda module, batch: ... that returns the mean loss of a batch."
-        )
-    names = list(inspect.signature(step).parameters)
-    if "dataloader_iter" in names:
-        raise ValueError(
-            "Expected a `training_step` that takes a batch, got one that takes `dataloader_iter`. Pass "
-            "loss_fn=lambda module, batch: ... that returns the mean loss of a batch."
-        )
-    arguments = (0,) if len(names) > 1 else ()
-    return lambda module, batch: module.training_step(batch, *arguments)  # type: ignore[operator]
-
-
-def _trainable_parameters(module: nn.Module) -> list[Tensor]:
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if not named:
-        raise ValueError(
-            f"Expected trainable parameters, got {type(module).__name__} with none. Set requires_grad=True on the "
-            "parameters whose landscape is to be measured."
-        )
-    for name, p in named.items():
-        if is_lazy(p):
-            raise ValueError(f"Expected initialised parameters, got the lazy {name!r}. Run a forward pass first.")
-        if not p.is_floating_point():
-            raise ValueError(f"Expected real parameters, got {name!r} of {p.dtype}. Freeze it, or use real tensors.")
-    devices = {p.device for p in named.values()}
-    if len(devices) > 1:
-        raise ValueError(f"Expected all trainable parameters on one device, got {sorted(map(str, devices))}.")
-    return list(named.values())
 
 
 def _vector_dtype(parameters: Sequence[Tensor]) -> torch.dtype:

@@ -19,6 +19,8 @@ ORDER = [
     "landscape",
     "gauss_newton",
     "per_sample",
+    "second_derivatives",
+    "loss",
     "geometry",
     "isolation",
     "batches",

@@ -21,7 +21,7 @@ from lightning_flatness import (
     TopEigenvalues,
     WorstCaseSharpness,
 )
-from lightning_flatness.landscape import NotTwiceDifferentiableError
+from lightning_flatness.second_derivatives import NotTwiceDifferentiableError
 
 
 def _dict_loss() -> OutputLoss:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_flatness import LossLandscape, TopEigenvalues
-from lightning_flatness.landscape import NotTwiceDifferentiableError
+from lightning_flatness.second_derivatives import NotTwiceDifferentiableError
 
 
 def landscape_of(name: str, **options: Any) -> LossLandscape:

@@ -19,7 +19,8 @@ from lightning_flatness.callbacks.pictures import custom_scalars_layout, log_fig
 from lightning_flatness.estimators import UndefinedMeasureError
 from lightning_flatness.geometry import Euclidean, MissingOptimizerStateError, OptimizerGeometry
 from lightning_flatness.isolation import Mode
-from lightning_flatness.landscape import Differentiation, LossFunction, LossLandscape
+from lightning_flatness.landscape import Differentiation, LossLandscape
+from lightning_flatness.loss import LossFunction
 from lightning_flatness.metrics import FlatnessMetric, Preset, SpectralDensity, TopEigenvalues, preset_metrics
 from lightning_flatness.stability import is_preconditioned, stability_edge
 

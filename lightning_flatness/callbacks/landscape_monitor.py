@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_flatness.batches import copy_batch
 from lightning_flatness.isolation import Mode, isolated
-from lightning_flatness.landscape import Differentiation, LossFunction, LossLandscape, check_options
+from lightning_flatness.landscape import Differentiation, LossLandscape, check_options
+from lightning_flatness.loss import LossFunction
 from lightning_flatness.probe import SeenBatches, can_index, draw_probe
 
 _UNSUPPORTED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
@@ -110,7 +111,8 @@ class LandscapeMonitor(Callback):
         if unsupported := strategies & _UNSUPPORTED_STRATEGIES:
             raise MisconfigurationException(
                 f"Expected a strategy that keeps all weights on every rank, got {unsupported.pop()}, which shards "
-                "them. HINT: use strategy='ddp' or a single device, or measure checkpoints of this run with LossLandscape."
+                "them. HINT: use strategy='ddp' or a single device, or measure checkpoints of this run with "
+                "LossLandscape."
             )
         if trainer.barebones:
             rank_zero_info(f"{name} measures nothing under `Trainer(barebones=True)`, which disables logging.")

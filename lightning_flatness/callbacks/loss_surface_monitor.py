@@ -11,7 +11,7 @@ from lightning_flatness.callbacks.landscape_monitor import LandscapeMonitor
 from lightning_flatness.callbacks.pictures import log_figure
 from lightning_flatness.geometry import Geometry, resolve_geometry
 from lightning_flatness.isolation import Mode
-from lightning_flatness.landscape import LossFunction
+from lightning_flatness.loss import LossFunction
 from lightning_flatness.surface import LossSurface, check_options, loss_surface
 
 
