@@ -2,8 +2,8 @@
 
     python examples/costs_of_measures.py
 
-measures every one of ``FlatnessMonitor(metrics="all")`` by itself on the network of the digits example, before training,
-after one epoch and after five; later measurements start from what earlier ones found.
+measures every one of ``FlatnessMonitor(metrics="all")`` on the digits example's network, before training, after one
+epoch and after five; later measurements start from what earlier ones found.
 """
 
 from __future__ import annotations
@@ -13,39 +13,47 @@ import warnings
 
 import lightning.pytorch as pl
 from digits import ConvNet, DigitsDataModule
+from torch.nn import functional as F
 
-from lightning_flatness import FlatnessMonitor
+from lightning_flatness import FlatnessMonitor, LossLandscape, OutputLoss
 from lightning_flatness.metrics import preset_metrics
+from lightning_flatness.probe import draw_probe
+
+EPOCHS = (0, 1, 5)
 
 
 class Costs(pl.Callback):
-    """Keeps what every metric of a monitor has cost."""
+    """Measures at the start of some epochs and keeps what every metric has cost."""
 
-    def __init__(self, monitor: FlatnessMonitor) -> None:
-        self.monitor = monitor
-        self.rows: dict[str, list[str]] = {name: [] for name in monitor.metrics}
+    def __init__(self) -> None:
+        self.metrics = preset_metrics("all")
+        self.costs: dict[str, list[str]] = {name: [] for name in self.metrics}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch in (0, 1, 5):
-            for name, metric in self.monitor.metrics.items():
-                mark = "" if metric.converged else " (not converged)"
-                self.rows[name].append(f"{float(metric.gradient_evaluations):.0f}{mark}")
+        if trainer.current_epoch not in EPOCHS:
+            return
+        probe = draw_probe(trainer.train_dataloader, FlatnessMonitor().probe_size)
+        for name, metric in self.metrics.items():
+            landscape = LossLandscape(pl_module, probe, OutputLoss(F.cross_entropy), optimizer=trainer.optimizers)
+            metric.update(landscape)
+            mark = "" if metric.converged else "*"
+            self.costs[name].append(f"{landscape.cost.gradient_evaluations:.0f}{mark}")
 
 
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    print("| measure | before training | after epoch 1 | after epoch 5 |\n|---|---|---|---|")
-    for name in preset_metrics("all"):
-        pl.seed_everything(0, verbose=False)
-        monitor = FlatnessMonitor({name: preset_metrics("all")[name]})
-        costs = Costs(monitor)
-        trainer = pl.Trainer(
-            max_epochs=6, accelerator="cpu", callbacks=[monitor, costs], logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-        trainer.fit(ConvNet(), DigitsDataModule().train_dataloader())
-        print(f"| {name} | {' | '.join(costs.rows[name])} |", flush=True)
+    pl.seed_everything(0, verbose=False)
+    costs = Costs()
+    trainer = pl.Trainer(
+        max_epochs=max(EPOCHS) + 1, accelerator="cpu", callbacks=[costs], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(ConvNet(), DigitsDataModule().train_dataloader())
+    print("| measure | " + " | ".join(f"epoch {epoch}" for epoch in EPOCHS) + " |\n|---|---|---|---|")
+    for name, found in costs.costs.items():
+        print(f"| {name} | {' | '.join(found)} |")
+    print("\n* its tolerance was not reached")
 
 
 if __name__ == "__main__":
