@@ -16,16 +16,26 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
 
-class Augmented(Dataset[tuple[Tensor, Tensor]]):
-    """Samples that are jittered by three random number generators."""
+class Plain(Dataset[tuple[Tensor, Tensor]]):
+    """Samples without augmentation."""
 
-    def __init__(self, size: int = 48, num_features: int = 6) -> None:
+    def __init__(self, size: int = 40, num_features: int = 6) -> None:
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(size, num_features, generator=generator)
         self.y = torch.randint(3, (size,), generator=generator)
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+
+class Augmented(Plain):
+    """The same, jittered by three random number generators."""
+
+    def __init__(self, size: int = 48) -> None:
+        super().__init__(size)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         noise = torch.randn(6) * 0.1 + float(np.random.randn()) * 0.1 + random.gauss(0, 0.1)  # noqa: NPY002
@@ -126,21 +136,6 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr)
-
-
-class Plain(Dataset[tuple[Tensor, Tensor]]):
-    """Samples without augmentation."""
-
-    def __init__(self, size: int = 40, num_features: int = 6) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(size, num_features, generator=generator)
-        self.y = torch.randint(3, (size,), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.x[index], self.y[index]
 
 
 def loader(

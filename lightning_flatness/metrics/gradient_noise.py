@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning_flatness.estimators import Operator, TraceMethod, gradient_noise, noise_curvature_ratio
-from lightning_flatness.estimators.operators import check_operator
+from lightning_flatness.estimators.noise import GradientNoiseResult
 from lightning_flatness.estimators.trace import check_trace_arguments
 from lightning_flatness.geometry import Geometry, resolve_geometry
 from lightning_flatness.landscape import LossLandscape
 from lightning_flatness.metrics.base import FlatnessMetric
+from lightning_flatness.metrics.trace import TraceMetric
 
 
 class GradientNoise(FlatnessMetric):
@@ -57,7 +60,7 @@ class GradientNoise(FlatnessMetric):
         self.store(result.value, result.standard_error, converged=result.converged, num_products=result.num_products)
 
 
-class NoiseCurvatureRatio(FlatnessMetric):
+class NoiseCurvatureRatio(TraceMetric):
     r"""The ratio ``tr(C)/tr(H)`` of gradient noise to curvature at the current weights (arXiv 1906.07774).
 
     ``C`` is the covariance of the gradients of single samples and ``H`` the Hessian of the loss. Near a minimum of a
@@ -90,9 +93,6 @@ class NoiseCurvatureRatio(FlatnessMetric):
         tensor(12.8000)
     """
 
-    error_name = "standard_error"
-    effort = "num_products"
-
     def __init__(
         self,
         geometry: str | Geometry = "euclidean",
@@ -102,26 +102,9 @@ class NoiseCurvatureRatio(FlatnessMetric):
         tol: float = 0.2,
         seed: int = 0,
     ) -> None:
-        check_operator(operator)
-        check_trace_arguments(method, num_products, tol)
-        super().__init__()
-        self.geometry = resolve_geometry(geometry)
-        self.operator: Operator = operator
-        self.method: TraceMethod = method
-        self.max_products = num_products
-        self.tol = tol
-        self.seed = seed
-        self.distinguish(self.geometry, operator, method, num_products, tol, seed)
+        super().__init__(geometry, operator, method, num_products, tol, seed)
 
-    def measure(self, landscape: LossLandscape) -> None:
+    @staticmethod
+    def estimate(landscape: LossLandscape, geometry: Geometry, **options: Any) -> GradientNoiseResult:
         """Measure noise and curvature and divide."""
-        result = noise_curvature_ratio(
-            landscape,
-            self.geometry,
-            operator=self.operator,
-            method=self.method,
-            num_products=self.max_products,
-            tol=self.tol,
-            seed=self.seed,
-        )
-        self.store(result.value, result.standard_error, converged=result.converged, num_products=result.num_products)
+        return noise_curvature_ratio(landscape, geometry, **options)
