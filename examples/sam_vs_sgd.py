@@ -128,8 +128,9 @@ def at(runs: list[Curves], epochs: list[int], tag: str) -> list[float]:
     return [run[tag][epoch - 1] for run, epoch in zip(runs, epochs, strict=True)]
 
 
-def mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
+def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
+    """Return mean and standard deviation; one seed has none."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def print_verdicts(rows: dict[str, tuple[list[Curves], list[int]]]) -> None:
@@ -143,7 +144,8 @@ def print_verdicts(rows: dict[str, tuple[list[Curves], list[int]]]) -> None:
             mean, deviation = mean_and_deviation(differences)
             lower, higher = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
             counts = f"lower in {lower}, higher in {higher} of {len(differences)} seeds"
-            print(f"  {name:<19} {form.replace(':', ':+').format(mean):>8} ± {form.format(deviation):<6} {counts}")
+            spread = "" if deviation is None else f"± {form.format(deviation)}"
+            print(f"  {name:<19} {form.replace(':', ':+').format(mean):>8} {spread:<8} {counts}")
 
 
 def draw(runs: dict[str, list[Curves]], path: Path, title: str, every_n_epochs: int) -> None:

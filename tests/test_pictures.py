@@ -166,7 +166,7 @@ def test_custom_scalars_put_eigenvalues_in_one_chart_and_lambda_max_with_its_edg
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
     assert charts == {
         "lambda_max … lambda_3": ["flatness/lambda_max", "flatness/lambda_2", "flatness/lambda_3"],
-        "edge of stability": [f"flatness/{sharpness}", "flatness/stability_edge"],
+        f"edge of stability: {sharpness}": [f"flatness/{sharpness}", "flatness/stability_edge"],
     }
     scalars = set(events.Tags()["scalars"])
     assert all(tag in scalars for tags in charts.values() for tag in tags)

@@ -213,7 +213,9 @@ class FlatnessMonitor(LandscapeMonitor):
                 charts[f"{keys[0]} … {keys[-1]}"] = [self.log_key_prefix + key for key in keys]
         sharpness = self._sharpness_at_the_edge(trainer)
         if sharpness and not math.isnan(stability_edge(trainer.optimizers)):
-            charts["edge of stability"] = [self.log_key_prefix + key for key in (sharpness, "stability_edge")]
+            charts[f"edge of stability: {sharpness}"] = [
+                self.log_key_prefix + key for key in (sharpness, "stability_edge")
+            ]
         return charts
 
 
