@@ -78,7 +78,7 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
         steps, values = zip(*curves[tag], strict=True)
         axes[0].plot(steps, values, marker="o", ms=3, color="C0", alpha=1 - 0.8 * i / len(eigenvalues), label=tag[9:])
     axes[0].set(title="Largest Hessian eigenvalues", xlabel="optimizer step", yscale="log")
-    axes[0].legend(fontsize=7, loc="lower left")
+    axes[0].legend(fontsize=7, loc="lower center")
     steps, values = zip(*curves["flatness/invariant_sharpness"], strict=True)
     axes[1].plot(steps, values, marker="o", ms=3, color="C1")
     axes[1].set(title="Invariant sharpness", xlabel="optimizer step", yscale="log")

@@ -235,8 +235,8 @@ class _Solver:
         noise = _normalized(self._random_vector())
         if start is None or not torch.isfinite(start).all() or not start.any():
             return noise
-        # The spare vectors and the noise let a direction in that has become more wanted than those that were. On the
-        # digits example, lambda_max was 13 % off without the spare ones when two eigenvalues changed places.
+        # The spare vectors and the noise let a direction in that has become more wanted than those that were: from
+        # the old top vector alone, a run can converge to it after two eigenvalues have changed places.
         rows = start.reshape(-1, self.size).to(noise)
         vector = rows[: self.k].sum(dim=0) + _SPARE_WEIGHT * rows[self.k :].sum(dim=0)
         return _normalized(_normalized(vector) + _WARM_START_NOISE * noise)
