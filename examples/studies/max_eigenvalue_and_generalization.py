@@ -1,0 +1,282 @@
+"""Does a smaller largest eigenvalue of the Hessian mean better generalisation? Five findings, tried again.
+
+    python examples/studies/max_eigenvalue_and_generalization.py          # MNIST 5k
+    python examples/studies/max_eigenvalue_and_generalization.py --quick  # digits
+
+On the Maximum Hessian Eigenvalue and Generalization (arXiv 2206.10654) says, in its abstract:
+
+1. larger learning rates reduce lambda_max for all batch sizes, while their benefit for generalisation sometimes
+   vanishes at larger batch sizes;
+2. by scaling batch size and learning rate together lambda_max can be changed without affecting generalisation;
+3. SAM produces a smaller lambda_max for all batch sizes, while its benefit vanishes with larger batch sizes;
+4. excessive dropout can degrade generalisation, even as it promotes a smaller lambda_max;
+5. BatchNorm does not consistently produce a smaller lambda_max, and nevertheless helps generalisation.
+
+The paper has larger networks on CIFAR-10 (from memory); here it is a small convolutional network on MNIST, trained
+with momentum. All networks are measured at the same training loss (in evaluation mode: no dropout, running statistics
+of BatchNorm), since lambda_max shrinks with the loss. Effects are over seeds, paired by the initial weights. What
+counts as the same is fixed in advance: test accuracies within one percent point, and lambda_max within a factor of
+1.25.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from report import VERDICT_HEADER, dots, figure, markdown_table, shortfalls, values, verdict_line, write_csv
+from study import Row, finish, parse_arguments, provenance, runs_of
+from training import Recipe
+from verdicts import Claim, all_of, difference, judge, not_all_of, ratio
+
+NAME = "max_eigenvalue_and_generalization"
+SAME_ACCURACY, SAME_LAMBDA = 1.0, 1.25
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is trained: learning rates and batch sizes from small to large, and what is varied at the middle ones."""
+
+    base: Recipe
+    lrs: tuple[float, float, float]
+    batch_sizes: tuple[int, int, int]
+    rho: float
+    dropouts: tuple[float, ...]
+
+    def settings(self) -> dict[str, Recipe]:
+        """All settings by name, each once: findings share them."""
+        middle_lr, middle_batch = self.lrs[1], self.batch_sizes[1]
+        settings = {
+            plain(lr, size): replace(self.base, lr=lr, batch_size=size) for size in self.batch_sizes for lr in self.lrs
+        }
+        for size in self.batch_sizes:
+            settings[sam(size)] = replace(self.base, lr=middle_lr, batch_size=size, rho=self.rho)
+        for p in self.dropouts:
+            settings[dropout(p)] = replace(self.base, lr=middle_lr, batch_size=middle_batch, dropout=p)
+        for lr in self.lrs:
+            settings[batch_norm(lr)] = replace(self.base, lr=lr, batch_size=middle_batch, batch_norm=True)
+        return settings
+
+
+def plain(lr: float, batch_size: int) -> str:
+    return f"lr {lr:g}, batch {batch_size}"
+
+
+def sam(batch_size: int) -> str:
+    return f"SAM, batch {batch_size}"
+
+
+def dropout(p: float) -> str:
+    return f"dropout {p:g}"
+
+
+def batch_norm(lr: float) -> str:
+    return f"BatchNorm, lr {lr:g}"
+
+
+FULL = Grid(
+    Recipe(points=("loss=0.01",), measures=("lambda_max",), max_steps=4000, batch_size=0, lr=0.0),
+    lrs=(0.01, 0.025, 0.0625),
+    batch_sizes=(40, 100, 250),
+    rho=0.1,
+    dropouts=(0.2, 0.5, 0.8),
+)
+QUICK = replace(
+    FULL,
+    base=replace(FULL.base, data="digits", points=("loss=0.1",), max_steps=1000),
+    lrs=(0.02, 0.04, 0.08),
+    batch_sizes=(32, 64, 128),
+    dropouts=(0.2, 0.8),
+)
+
+
+class Findings:
+    """The verdicts and the figure of each finding, from the rows of all runs."""
+
+    def __init__(self, rows: list[Row], grid: Grid) -> None:
+        self.rows = rows
+        self.grid = grid
+
+    def lambda_max(self, setting: str) -> dict[int, float]:
+        return values(self.rows, setting, self.grid.base.points[0], "lambda_max")
+
+    def accuracy(self, setting: str) -> dict[int, float]:
+        return values(self.rows, setting, self.grid.base.points[0], "test_accuracy")
+
+    def benefit(self, setting: str, reference: str) -> dict[int, float]:
+        """Return by how many points the test accuracy is higher, by seed."""
+        a, b = self.accuracy(setting), self.accuracy(reference)
+        return {seed: a[seed] - b[seed] for seed in a.keys() & b.keys()}
+
+    def verdicts(self) -> dict[str, list[list[str]]]:
+        """Return the lines of the table of each finding, by its heading."""
+        return {
+            "1. Learning rate and batch size": self.learning_rate(),
+            "2. Learning rate and batch size scaled together": self.scaled_together(),
+            f"3. SAM (rho = {self.grid.rho:g}) and batch size": self.sharpness_aware(),
+            "4. Dropout": self.excessive_dropout(),
+            "5. BatchNorm": self.batch_normalization(),
+        }
+
+    # --------------------------------------------------------------------------------- 1: learning rate x batch size
+
+    def learning_rate(self) -> list[list[str]]:
+        low, _, high = self.grid.lrs
+        smaller = Claim("a larger learning rate reduces lambda_max", "below")
+        helps = Claim("a larger learning rate helps accuracy", "above")
+        vanishes = Claim("it helps less with the largest batch than with the smallest", "above")
+        lines, benefits = [], []
+        for size in self.grid.batch_sizes:
+            effect = ratio(self.lambda_max(plain(high, size)), self.lambda_max(plain(low, size)))
+            lines.append(verdict_line(smaller, f"lr {low:g} to {high:g}, batch {size}", effect))
+            benefits.append(self.benefit(plain(high, size), plain(low, size)))
+        where = f"lr {low:g} to {high:g}, batch {self.grid.batch_sizes[0]}"
+        lines.append(verdict_line(helps, where, difference(benefits[0], dict.fromkeys(benefits[0], 0.0), " %")))
+        lines.append(verdict_line(vanishes, where, difference(benefits[0], benefits[-1], " %")))
+        return lines
+
+    # ------------------------------------------------------------------ 2: learning rate and batch size scaled together
+
+    def scaled_together(self) -> list[list[str]]:
+        first, *_, last = [plain(lr, size) for lr, size in zip(self.grid.lrs, self.grid.batch_sizes, strict=True)]
+        changes = Claim("lambda_max changes", "apart", SAME_LAMBDA)
+        stays = Claim("test accuracy stays", "within", SAME_ACCURACY)
+        curvature = ratio(self.lambda_max(last), self.lambda_max(first))
+        accuracy = difference(self.accuracy(last), self.accuracy(first), " %")
+        both = all_of([judge(curvature, "apart", SAME_LAMBDA), judge(accuracy, "within", SAME_ACCURACY)])
+        where = f"{first} to {last}"
+        return [
+            verdict_line(changes, where, curvature),
+            verdict_line(stays, where, accuracy),
+            ["lambda_max changes without affecting accuracy", where, "both", "", "", f"**{both}**"],
+        ]
+
+    # ---------------------------------------------------------------------------------------------- 3: SAM x batch size
+
+    def sharpness_aware(self) -> list[list[str]]:
+        smaller = Claim("SAM reduces lambda_max", "below")
+        helps = Claim("SAM helps accuracy", "above")
+        vanishes = Claim("it helps less with the largest batch than with the smallest", "above")
+        lines, benefits = [], []
+        for size in self.grid.batch_sizes:
+            reference = plain(self.grid.lrs[1], size)
+            effect = ratio(self.lambda_max(sam(size)), self.lambda_max(reference))
+            lines.append(verdict_line(smaller, f"batch {size}", effect))
+            benefits.append(self.benefit(sam(size), reference))
+        where = f"batch {self.grid.batch_sizes[0]}"
+        lines.append(verdict_line(helps, where, difference(benefits[0], dict.fromkeys(benefits[0], 0.0), " %")))
+        where += f" and {self.grid.batch_sizes[-1]}"
+        lines.append(verdict_line(vanishes, where, difference(benefits[0], benefits[-1], " %")))
+        return lines
+
+    # ------------------------------------------------------------------------------------------------------- 4: dropout
+
+    def excessive_dropout(self) -> list[list[str]]:
+        moderate, excessive = self.grid.dropouts[0], self.grid.dropouts[-1]
+        where = f"p {moderate:g} to {excessive:g}"
+        smaller = Claim("excessive dropout reduces lambda_max", "below")
+        worse = Claim("excessive dropout lowers accuracy", "below")
+        curvature = ratio(self.lambda_max(dropout(excessive)), self.lambda_max(dropout(moderate)))
+        accuracy = difference(self.accuracy(dropout(excessive)), self.accuracy(dropout(moderate)), " %")
+        return [verdict_line(smaller, where, curvature), verdict_line(worse, where, accuracy)]
+
+    # ----------------------------------------------------------------------------------------------------- 5: BatchNorm
+
+    def batch_normalization(self) -> list[list[str]]:
+        smaller = Claim("BatchNorm reduces lambda_max (the paper: not everywhere)", "below")
+        helps = Claim("BatchNorm helps accuracy", "above")
+        lines, verdicts = [], []
+        pairs = {lr: (batch_norm(lr), plain(lr, self.grid.batch_sizes[1])) for lr in self.grid.lrs}
+        for lr, (normalized, reference) in pairs.items():
+            effect = ratio(self.lambda_max(normalized), self.lambda_max(reference))
+            verdicts.append(judge(effect, "below"))
+            lines.append(verdict_line(smaller, f"lr {lr:g}", effect))
+        inconsistent = "BatchNorm does not reduce lambda_max everywhere"
+        lines.append([inconsistent, "all learning rates", "", "", "", f"**{not_all_of(verdicts)}**"])
+        for lr, (normalized, reference) in pairs.items():
+            effect = difference(self.accuracy(normalized), self.accuracy(reference), " %")
+            lines.append(verdict_line(helps, f"lr {lr:g}", effect))
+        return lines
+
+    # ---------------------------------------------------------------------------------------------------------- figures
+
+    def curves(self) -> dict[str, tuple[str, list[str], dict[str, list[str]]]]:
+        """Return what each finding's figure shows: the axis, its ticks, and the settings along each line."""
+        lrs, sizes, middle = self.grid.lrs, self.grid.batch_sizes, self.grid.batch_sizes[1]
+        batch_ticks, lr_ticks = [str(size) for size in sizes], [f"{lr:g}" for lr in lrs]
+        diagonal = list(zip(lrs, sizes, strict=True))
+        undropped = plain(lrs[1], middle)
+        return {
+            "1_learning_rate": (
+                "learning rate",
+                lr_ticks,
+                {f"batch {size}": [plain(lr, size) for lr in lrs] for size in sizes},
+            ),
+            "2_scaled_together": (
+                "batch size, learning rate",
+                [f"{size}, {lr:g}" for lr, size in diagonal],
+                {"scaled together": [plain(lr, size) for lr, size in diagonal]},
+            ),
+            "3_sam": (
+                "batch size",
+                batch_ticks,
+                {
+                    "SGD": [plain(lrs[1], size) for size in sizes],
+                    f"SAM, rho = {self.grid.rho:g}": [sam(size) for size in sizes],
+                },
+            ),
+            "4_dropout": (
+                "dropout probability",
+                ["0", *(f"{p:g}" for p in self.grid.dropouts)],
+                {f"batch {middle}": [undropped, *(dropout(p) for p in self.grid.dropouts)]},
+            ),
+            "5_batch_norm": (
+                "learning rate",
+                lr_ticks,
+                {
+                    "without": [plain(lr, middle) for lr in lrs],
+                    "with BatchNorm": [batch_norm(lr) for lr in lrs],
+                },
+            ),
+        }
+
+    def draw(self, folder: Path, title: str) -> None:
+        """Draw one figure per finding: lambda_max and test accuracy."""
+        for stem, (axis, ticks, lines) in self.curves().items():
+            made, axes = figure(1, 2, width=3.8, height=3.2)
+            for ax, label, read in zip(
+                axes[0], ("lambda_max", "test accuracy, %"), (self.lambda_max, self.accuracy), strict=True
+            ):
+                log = label == "lambda_max"
+                for i, (name, settings) in enumerate(lines.items()):
+                    groups = [read(setting).values() for setting in settings]
+                    dots(ax, list(range(len(ticks))), groups, color=f"C{i}", label=name, log=log)
+                ax.set_xticks(range(len(ticks)), ticks)
+                ax.set(xlabel=axis, yscale="log" if log else "linear")
+                ax.set_title(label, fontsize=10)
+                ax.grid(alpha=0.3)
+            axes[0][0].legend(fontsize=8)
+            made.suptitle(title, fontsize=10)
+            made.savefig(folder / f"{NAME}_{stem}.png", dpi=110)
+
+
+def main() -> None:
+    args = parse_arguments(__doc__, NAME, num_seeds=5)
+    grid = QUICK if args.quick else FULL
+    runs = runs_of(grid.settings(), args.seeds)
+    rows = finish(runs, args.out, args.workers)
+    write_csv(rows, args.results / f"{NAME}.csv")
+    findings = Findings(rows, grid)
+    data = "digits" if args.quick else f"MNIST 5k ({grid.base.num_train} for training, 8x8)"
+    title = f"{data}, {args.seeds} seeds, at equal training loss ({grid.base.points[0].removeprefix('loss=')})"
+    findings.draw(args.results, f"{title}: dots are seeds, lines their means")
+    text = f"{title}. Effects are ratios or differences, paired by seed.\n\n"
+    for heading, lines in findings.verdicts().items():
+        text += f"**{heading}**\n\n{markdown_table(VERDICT_HEADER, lines)}\n"
+    text += f"{shortfalls(rows)}\n\n{provenance(runs, args.out)}\n"
+    (args.results / f"{NAME}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
