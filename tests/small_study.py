@@ -10,7 +10,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "studies"))
 import large_batch_vs_small_batch as study
 
 study.QUICK = replace(
-    study.QUICK, base=replace(study.QUICK.base, width=8, max_steps=12), num_steps=4, num_epochs=3, loss=2.0
+    study.QUICK,
+    base=replace(study.QUICK.base, width=8, max_steps=12),
+    small_batch=350,
+    num_steps=4,
+    num_epochs=3,
+    loss=2.0,
 )
 
 if __name__ == "__main__":

@@ -192,13 +192,13 @@ def test_batch_sizes_are_judged_by_their_numbers(sharpness, accuracy, verdicts):
 
     def number(name, column):
         full = accuracy if column == "test_accuracy" else sharpness
-        return full if "full" in name and full else 95.0 if column == "test_accuracy" else 1.0
+        return full if "full batch" in name and full else 95.0 if column == "test_accuracy" else 1.0
 
     rows = rows_of(size.settings(), points, number)
     if sharpness is None:  # every other seed says the opposite
         for row in rows:
             for column in ("lambda_max", "invariant_sharpness", "test_accuracy"):
-                row[column] *= 1 + 0.1 * (-1) ** (row["seed"] + ("full" in row["setting"]))
+                row[column] *= 1 + 0.1 * (-1) ** (row["seed"] + ("full batch" in row["setting"]))
     lines = study.verdict_lines(rows, size.comparisons)
     assert len(lines) == 3 * 2 * 4
     assert {line[-1].strip("*") for line in lines} == verdicts

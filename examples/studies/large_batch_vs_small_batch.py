@@ -108,11 +108,11 @@ FULL = Size(
         optimizer="adam",
         pixels=16,
     ),
-    small_batch=32,
+    small_batch=50,
     num_samples=1000,
     loss=0.01,
-    num_steps=200,
-    num_epochs=80,
+    num_steps=100,
+    num_epochs=30,
 )
 QUICK = Size(
     replace(FULL.base, data="digits", width=128, max_steps=500),
@@ -148,7 +148,7 @@ def mean_lines(rows: list[Row], comparisons: list[Comparison]) -> list[list[str]
                 cells = []
                 for column, form in columns.items():
                     cell = list(values(rows, f"{network}, {setting}", point, column).values())
-                    cells.append(format(mean(cell, log=form == ".3g"), form))
+                    cells.append(format(mean(cell, log=form == ".3g"), form) if cell else "–")
                 lines.append([f"{title}: {comparison.name}", setting, *cells])
     return lines
 

@@ -71,7 +71,7 @@ def judge(effect: Effect, direction: Direction, margin: float = math.nan) -> Ver
     """
     low, high = effect.low, effect.high
     if effect.unit == "x":
-        low, high = (math.log(v) if v > 0 else -math.inf for v in (low, high))
+        low, high = (math.log(v) if v != 0 else -math.inf for v in (low, high))
         margin = math.log(margin)
     if direction in ("above", "below"):
         inside, outside = (low > 0, high < 0) if direction == "above" else (high < 0, low > 0)
