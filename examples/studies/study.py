@@ -95,15 +95,16 @@ def finished(run: Run, out: Path) -> dict[str, Any] | None:
 
 def _done(runs: list[Run], out: Path, workers: int, train: Callable[..., list[Row]]) -> Iterator[Run]:
     """Yield each run when it is done."""
+    commit = current_commit()  # now: that is the code that was imported
     if workers == 1:
         _start_worker()
         for run in runs:
-            _do(run, out, train)
+            _do(run, out, train, commit)
             yield run
         return
     context = multiprocessing.get_context("spawn")  # torch and threads do not survive a fork
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = {pool.submit(_do, run, out, train): run for run in runs}
+        futures = {pool.submit(_do, run, out, train, commit): run for run in runs}
         for future in as_completed(futures):
             future.result()
             yield futures[future]
@@ -120,8 +121,8 @@ def _start_worker() -> None:
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-def _do(run: Run, out: Path, train: Callable[..., list[Row]]) -> None:
-    start, commit = time.process_time(), current_commit()
+def _do(run: Run, out: Path, train: Callable[..., list[Row]], commit: str) -> None:
+    start = time.process_time()
     rows = train(run.setting, run.seed, run.recipe, out / "logs" / run.setting / f"seed{run.seed}")
     seconds = time.process_time() - start
     outcome = {"run": run.description, "rows": rows, "seconds": seconds, "commit": commit}
