@@ -169,9 +169,10 @@ def draw(rows: list[Row], comparisons: list[Comparison], path: Path, title: str)
         for ax, (column, label, log) in zip(axes_row, panels, strict=True):
             for color, shift, kind in (("C0", -0.15, "small batch"), ("C3", 0.15, "full batch")):
                 groups = [values(rows, f"{network}, {s}", point, column).values() for s, point in places[kind]]
-                dots(ax, [i + shift for i in range(len(groups))], groups, color=color, label=kind, line="", log=log)
+                dots(ax, [i + shift for i in range(len(groups))], groups, color=color, label=kind, line="none", log=log)
             names = [c.name.replace(", ", ",\n").replace(" ", "\n", 1) for c in comparisons]
             ax.set_xticks(range(len(comparisons)), names)
+            ax.set_xlim(-0.5, len(comparisons) - 0.5)
             ax.tick_params(axis="x", labelsize=8)
             ax.set_yscale("log" if log else "linear")
             ax.set_title(f"{name}: {label}", fontsize=10)

@@ -75,11 +75,11 @@ def batch_norm(lr: float) -> str:
 
 
 FULL = Grid(
-    Recipe(points=("loss=0.03",), measures=("lambda_max",), max_steps=4000, batch_size=0, lr=0.0),
+    Recipe(points=("loss=0.03",), measures=("lambda_max",), max_steps=2500, batch_size=0, lr=0.0),
     lrs=(0.02, 0.04, 0.08),
     batch_sizes=(50, 100, 200),
     rho=0.1,
-    dropouts=(0.2, 0.8),
+    dropouts=(0.2, 0.6),
 )
 QUICK = replace(
     FULL,

@@ -102,7 +102,7 @@ def dots(
         group = list(group)
         ax.plot([position] * len(group), group, "o", color=color, ms=4, alpha=0.45, mew=0)
         means.append(mean(group, log))
-    ax.plot(x, means, line, color=color, marker="_", ms=11, mew=2, lw=1.5, label=label)
+    ax.plot(x, means, ls=line, color=color, marker="_", ms=11, mew=2, lw=1.5, label=label)
 
 
 def mean(group: Sequence[float], log: bool) -> float:
