@@ -25,7 +25,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from report import VERDICT_HEADER, dots, figure, markdown_table, mean, shortfalls, values, verdict_line, write_csv
+from report import (
+    VERDICT_HEADER,
+    dots,
+    figure,
+    markdown_table,
+    mean,
+    shortfalls,
+    tally,
+    values,
+    verdict_line,
+    write_csv,
+)
 from study import Row, finish, parse_arguments, provenance, runs_of
 from training import Recipe
 from verdicts import Claim, difference, ratio
@@ -191,8 +202,9 @@ def main() -> None:
     data = "digits" if args.quick else "MNIST 5k (1,000 for training, averaged to 16x16)"
     title = f"Batches of {size.small_batch} and {size.num_samples} (all), Adam, {data}, {args.seeds} seeds"
     draw(rows, size.comparisons, args.results / f"{NAME}.png", f"{title}: dots are seeds, bars their means")
-    text = f"{title}. Effects are full over (or minus) small batches, paired by seed.\n\n"
-    text += markdown_table(VERDICT_HEADER, verdict_lines(rows, size.comparisons))
+    lines = verdict_lines(rows, size.comparisons)
+    text = f"{title}. Effects are full over (or minus) small batches, paired by seed. {tally(lines)}\n\n"
+    text += markdown_table(VERDICT_HEADER, lines)
     text += "\nMeans over seeds (geometric ones of losses and curvatures):\n\n"
     header = ("comparison", "setting", "steps", "train loss", "lambda_max", "invariant sharpness", "test accuracy, %")
     text += markdown_table(header, mean_lines(rows, size.comparisons))

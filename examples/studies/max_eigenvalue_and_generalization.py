@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from report import VERDICT_HEADER, dots, figure, markdown_table, shortfalls, values, verdict_line, write_csv
+from report import VERDICT_HEADER, dots, figure, markdown_table, shortfalls, tally, values, verdict_line, write_csv
 from study import Row, finish, parse_arguments, provenance, runs_of
 from training import Recipe
 from verdicts import Claim, all_of, difference, judge, not_all_of, ratio
@@ -86,7 +86,7 @@ QUICK = replace(
     base=replace(FULL.base, data="digits", points=("loss=0.1",), max_steps=1000),
     lrs=(0.02, 0.04, 0.08),
     batch_sizes=(32, 64, 128),
-    dropouts=(0.2, 0.8),
+    dropouts=(0.2, 0.6),
 )
 
 
@@ -270,8 +270,10 @@ def main() -> None:
     data = "digits" if args.quick else f"MNIST 5k ({grid.base.num_train} for training, 8x8)"
     title = f"{data}, {args.seeds} seeds, at equal training loss ({grid.base.points[0].removeprefix('loss=')})"
     findings.draw(args.results, f"{title}: dots are seeds, lines their means")
-    text = f"{title}. Effects are ratios or differences, paired by seed.\n\n"
-    for heading, lines in findings.verdicts().items():
+    verdicts = findings.verdicts()
+    lines = [line for lines in verdicts.values() for line in lines]
+    text = f"{title}. Effects are ratios or differences, paired by seed. {tally(lines)}\n\n"
+    for heading, lines in verdicts.items():
         text += f"**{heading}**\n\n{markdown_table(VERDICT_HEADER, lines)}\n"
     text += f"{shortfalls(rows)}\n\n{provenance(runs, args.out)}\n"
     (args.results / f"{NAME}.md").write_text(text)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from study import Row
-from verdicts import Claim, Effect, judge
+from verdicts import Claim, Effect, Verdict, judge
 
 VERDICT_HEADER = ("claim", "where", "effect", "95 % interval", "pairs", "verdict")
 
@@ -37,6 +38,12 @@ def verdict_line(claim: Claim, where: str, effect: Effect) -> list[str]:
     text = claim.text if claim.direction != "within" else f"{claim.text} (within ±{claim.margin:g}{effect.unit})"
     verdict = judge(effect, claim.direction, claim.margin)
     return [text, where, number(effect.estimate, effect), interval(effect), str(effect.num), f"**{verdict}**"]
+
+
+def tally(lines: Iterable[Sequence[str]]) -> str:
+    """Return a sentence: how many lines of a table have which verdict."""
+    counts = Counter(line[-1].strip("*") for line in lines)
+    return "Verdicts: " + ", ".join(f"{counts[verdict]} x {verdict!r}" for verdict in get_args(Verdict)) + "."
 
 
 def number(value: float, effect: Effect) -> str:
