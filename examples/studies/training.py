@@ -45,9 +45,9 @@ class Recipe:
     """How a network is trained, and at which points it is measured.
 
     Attributes:
-        points: ``"loss=0.01"``: as soon as the loss on all training samples, looked at four times per epoch in
-            evaluation mode (once per epoch while it is far), is no larger; ``"step=120"``: after that many optimizer
-            steps. Training stops when all are behind.
+        points: ``"loss=0.01"``: as soon as the loss on all training samples in evaluation mode is no larger (looked
+            at after every step when it is near); ``"step=120"``: after that many optimizer steps. Training stops when
+            all are behind.
         max_steps: Optimizer steps after which training stops in any case.
         measures: Names out of ``MEASURES``, measured on all training samples.
         data: ``"mnist5k"`` or ``"digits"``.
@@ -148,12 +148,17 @@ class PointsMonitor(FlatnessMonitor):
         if targets and trainer.global_step >= self.next_look:
             loss, _ = loss_and_accuracy(pl_module, self.data.train_set.tensors)
             reached += [point for point, target in targets.items() if loss <= target]
-            is_far = loss > 4 * max(targets.values())
-            self.next_look += max(1, trainer.num_training_batches // 4) * (4 if is_far else 1)
+            self.next_look += self._steps_to_next_look(loss / max(targets.values()), trainer.num_training_batches)
         if reached:
             self._add_rows(reached, trainer, pl_module)
         if not self.pending:
             trainer.should_stop = True
+
+    def _steps_to_next_look(self, above: float, num_batches: int) -> int:
+        """Look after every step when the target is near, so that all runs are measured at nearly the same loss."""
+        if above <= 1.5:
+            return 1
+        return max(1, num_batches // (4 if above <= 4 else 1))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say which points were not reached."""
