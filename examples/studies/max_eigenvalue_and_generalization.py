@@ -35,26 +35,27 @@ SAME_ACCURACY, SAME_LAMBDA = 1.0, 1.25
 
 @dataclass(frozen=True)
 class Grid:
-    """What is trained: learning rates and batch sizes from small to large, and what is varied at the middle ones."""
+    """What is trained: learning rates and batch sizes, small and large, plain, with SAM, dropout and BatchNorm.
+
+    SAM and dropout are tried at the large learning rate, dropout with the small batches.
+    """
 
     base: Recipe
-    lrs: tuple[float, float, float]
-    batch_sizes: tuple[int, int, int]
+    lrs: tuple[float, float]
+    batch_sizes: tuple[int, int]
     rho: float
-    dropouts: tuple[float, ...]
+    dropouts: tuple[float, float]
 
     def settings(self) -> dict[str, Recipe]:
         """All settings by name, each once: findings share them."""
-        middle_lr, middle_batch = self.lrs[1], self.batch_sizes[1]
-        settings = {
-            plain(lr, size): replace(self.base, lr=lr, batch_size=size) for size in self.batch_sizes for lr in self.lrs
-        }
+        settings = {}
         for size in self.batch_sizes:
-            settings[sam(size)] = replace(self.base, lr=middle_lr, batch_size=size, rho=self.rho)
+            for lr in self.lrs:
+                settings[plain(lr, size)] = replace(self.base, lr=lr, batch_size=size)
+                settings[batch_norm(lr, size)] = replace(self.base, lr=lr, batch_size=size, batch_norm=True)
+            settings[sam(size)] = replace(self.base, lr=self.lrs[1], batch_size=size, rho=self.rho)
         for p in self.dropouts:
-            settings[dropout(p)] = replace(self.base, lr=middle_lr, batch_size=middle_batch, dropout=p)
-        for lr in self.lrs:
-            settings[batch_norm(lr)] = replace(self.base, lr=lr, batch_size=middle_batch, batch_norm=True)
+            settings[dropout(p)] = replace(self.base, lr=self.lrs[1], batch_size=self.batch_sizes[0], dropout=p)
         return settings
 
 
@@ -70,22 +71,21 @@ def dropout(p: float) -> str:
     return f"dropout {p:g}"
 
 
-def batch_norm(lr: float) -> str:
-    return f"BatchNorm, lr {lr:g}"
+def batch_norm(lr: float, batch_size: int) -> str:
+    return f"BatchNorm, lr {lr:g}, batch {batch_size}"
 
 
 FULL = Grid(
     Recipe(points=("loss=0.03",), measures=("lambda_max",), max_steps=2500, batch_size=0, lr=0.0),
-    lrs=(0.02, 0.04, 0.08),
-    batch_sizes=(50, 100, 200),
+    lrs=(0.02, 0.08),
+    batch_sizes=(50, 200),
     rho=0.1,
     dropouts=(0.2, 0.6),
 )
 QUICK = replace(
     FULL,
     base=replace(FULL.base, data="digits", points=("loss=0.1",), max_steps=1000),
-    lrs=(0.02, 0.04, 0.08),
-    batch_sizes=(32, 64, 128),
+    batch_sizes=(32, 128),
     dropouts=(0.2, 0.6),
 )
 
@@ -121,10 +121,10 @@ class Findings:
     # --------------------------------------------------------------------------------- 1: learning rate x batch size
 
     def learning_rate(self) -> list[list[str]]:
-        low, _, high = self.grid.lrs
+        low, high = self.grid.lrs
         smaller = Claim("a larger learning rate reduces lambda_max", "below")
         helps = Claim("a larger learning rate helps accuracy", "above")
-        vanishes = Claim("it helps less with the largest batch than with the smallest", "above")
+        vanishes = Claim("it helps less with large batches than with small ones", "above")
         lines, benefits = [], []
         for size in self.grid.batch_sizes:
             effect = ratio(self.lambda_max(plain(high, size)), self.lambda_max(plain(low, size)))
@@ -138,7 +138,7 @@ class Findings:
     # ------------------------------------------------------------------ 2: learning rate and batch size scaled together
 
     def scaled_together(self) -> list[list[str]]:
-        first, *_, last = [plain(lr, size) for lr, size in zip(self.grid.lrs, self.grid.batch_sizes, strict=True)]
+        first, last = [plain(lr, size) for lr, size in zip(self.grid.lrs, self.grid.batch_sizes, strict=True)]
         changes = Claim("lambda_max changes", "apart", SAME_LAMBDA)
         stays = Claim("test accuracy stays", "within", SAME_ACCURACY)
         curvature = ratio(self.lambda_max(last), self.lambda_max(first))
@@ -156,7 +156,7 @@ class Findings:
     def sharpness_aware(self) -> list[list[str]]:
         smaller = Claim("SAM reduces lambda_max", "below")
         helps = Claim("SAM helps accuracy", "above")
-        vanishes = Claim("it helps less with the largest batch than with the smallest", "above")
+        vanishes = Claim("it helps less with large batches than with small ones", "above")
         lines, benefits = [], []
         for size in self.grid.batch_sizes:
             reference = plain(self.grid.lrs[1], size)
@@ -186,58 +186,38 @@ class Findings:
         smaller = Claim("BatchNorm reduces lambda_max (the paper: not everywhere)", "below")
         helps = Claim("BatchNorm helps accuracy", "above")
         lines, verdicts = [], []
-        pairs = {lr: (batch_norm(lr), plain(lr, self.grid.batch_sizes[1])) for lr in self.grid.lrs}
-        for lr, (normalized, reference) in pairs.items():
-            effect = ratio(self.lambda_max(normalized), self.lambda_max(reference))
+        places = [(lr, size) for size in self.grid.batch_sizes for lr in self.grid.lrs]
+        for place in places:
+            effect = ratio(self.lambda_max(batch_norm(*place)), self.lambda_max(plain(*place)))
             verdicts.append(judge(effect, "below"))
-            lines.append(verdict_line(smaller, f"lr {lr:g}", effect))
+            lines.append(verdict_line(smaller, plain(*place), effect))
         inconsistent = "BatchNorm does not reduce lambda_max everywhere"
-        lines.append([inconsistent, "all learning rates", "", "", "", f"**{not_all_of(verdicts)}**"])
-        for lr, (normalized, reference) in pairs.items():
-            effect = difference(self.accuracy(normalized), self.accuracy(reference), " %")
-            lines.append(verdict_line(helps, f"lr {lr:g}", effect))
+        lines.append([inconsistent, "all four", "all", "", "", f"**{not_all_of(verdicts)}**"])
+        for place in places:
+            effect = difference(self.accuracy(batch_norm(*place)), self.accuracy(plain(*place)), " %")
+            lines.append(verdict_line(helps, plain(*place), effect))
         return lines
 
     # ---------------------------------------------------------------------------------------------------------- figures
 
     def curves(self) -> dict[str, tuple[str, list[str], dict[str, list[str]]]]:
         """Return what each finding's figure shows: the axis, its ticks, and the settings along each line."""
-        lrs, sizes, middle = self.grid.lrs, self.grid.batch_sizes, self.grid.batch_sizes[1]
-        batch_ticks, lr_ticks = [str(size) for size in sizes], [f"{lr:g}" for lr in lrs]
+        lrs, sizes = self.grid.lrs, self.grid.batch_sizes
         diagonal = list(zip(lrs, sizes, strict=True))
-        undropped = plain(lrs[1], middle)
+        by_lr = {f"batch {size}": [plain(lr, size) for lr in lrs] for size in sizes}
+        normalized = {f"batch {size}, BatchNorm": [batch_norm(lr, size) for lr in lrs] for size in sizes}
+        sharpness_aware = {
+            "SGD": [plain(lrs[1], size) for size in sizes],
+            f"SAM, rho = {self.grid.rho:g}": [sam(size) for size in sizes],
+        }
+        dropped = [plain(lrs[1], sizes[0]), *(dropout(p) for p in self.grid.dropouts)]
+        lr_ticks, pair_ticks = [f"{lr:g}" for lr in lrs], [f"{size}, {lr:g}" for lr, size in diagonal]
         return {
-            "1_learning_rate": (
-                "learning rate",
-                lr_ticks,
-                {f"batch {size}": [plain(lr, size) for lr in lrs] for size in sizes},
-            ),
-            "2_scaled_together": (
-                "batch size, learning rate",
-                [f"{size}, {lr:g}" for lr, size in diagonal],
-                {"scaled together": [plain(lr, size) for lr, size in diagonal]},
-            ),
-            "3_sam": (
-                "batch size",
-                batch_ticks,
-                {
-                    "SGD": [plain(lrs[1], size) for size in sizes],
-                    f"SAM, rho = {self.grid.rho:g}": [sam(size) for size in sizes],
-                },
-            ),
-            "4_dropout": (
-                "dropout probability",
-                ["0", *(f"{p:g}" for p in self.grid.dropouts)],
-                {f"batch {middle}": [undropped, *(dropout(p) for p in self.grid.dropouts)]},
-            ),
-            "5_batch_norm": (
-                "learning rate",
-                lr_ticks,
-                {
-                    "without": [plain(lr, middle) for lr in lrs],
-                    "with BatchNorm": [batch_norm(lr) for lr in lrs],
-                },
-            ),
+            "1_learning_rate": ("learning rate", lr_ticks, by_lr),
+            "2_scaled_together": ("batch size, learning rate", pair_ticks, {"": [plain(*pair) for pair in diagonal]}),
+            "3_sam": ("batch size", [str(size) for size in sizes], sharpness_aware),
+            "4_dropout": ("dropout probability", ["0", *map(str, self.grid.dropouts)], {"": dropped}),
+            "5_batch_norm": ("learning rate", lr_ticks, by_lr | normalized),
         }
 
     def draw(self, folder: Path, title: str) -> None:
@@ -252,10 +232,12 @@ class Findings:
                     groups = [read(setting).values() for setting in settings]
                     dots(ax, list(range(len(ticks))), groups, color=f"C{i}", label=name, log=log)
                 ax.set_xticks(range(len(ticks)), ticks)
+                ax.set_xlim(-0.5, len(ticks) - 0.5)
                 ax.set(xlabel=axis, yscale="log" if log else "linear")
                 ax.set_title(label, fontsize=10)
                 ax.grid(alpha=0.3)
-            axes[0][0].legend(fontsize=8)
+            if len(lines) > 1:
+                axes[0][0].legend(fontsize=8)
             made.suptitle(title, fontsize=10)
             made.savefig(folder / f"{NAME}_{stem}.png", dpi=110)
 

@@ -140,7 +140,7 @@ def main() -> None:
     if args.quick:
         runs = runs_of(settings(QUICK, (32, 256), (0.0,)), args.seeds)
     else:
-        runs = runs_of(settings(FULL, (25, 100, 250), (0.0, 1e-3)), args.seeds)
+        runs = runs_of(settings(FULL, (25, 250), (0.0, 1e-3)), args.seeds)
     rows = finish(runs, args.out, args.workers)
     write_csv(rows, args.results / f"{NAME}.csv")
     models = models_of(rows)
