@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "studies"))
 import large_batch_vs_small_batch as study
 
+del study.NETWORKS["lenet"]
 study.QUICK = replace(
     study.QUICK,
     base=replace(study.QUICK.base, width=8, max_steps=12),
