@@ -43,12 +43,12 @@ FULL = Recipe(points=("loss=0.03",), measures=tuple(MEASURES), max_steps=2500, b
 QUICK = replace(FULL, data="digits", points=("loss=0.05",), max_steps=1000)
 
 
-def settings(base: Recipe, batch_sizes: tuple[int, ...], weight_decays: tuple[float, ...]) -> dict[str, Recipe]:
-    """Return all settings by name: optimizers and learning rates, batch sizes, weight decays."""
+def settings(base: Recipe, batch_sizes: tuple[int, ...], *, with_decay: bool = True) -> dict[str, Recipe]:
+    """Return all settings by name: optimizers and learning rates, batch sizes, weight decays of similar strength."""
     found = {}
-    for optimizer, lr in (("sgd", 0.02), ("sgd", 0.06), ("adam", 2e-3)):
+    for optimizer, lr, decay in (("sgd", 0.02, 1e-3), ("sgd", 0.06, 1e-3), ("adam", 2e-3, 0.1)):
         for batch_size in batch_sizes:
-            for weight_decay in weight_decays:
+            for weight_decay in (0.0, decay) if with_decay else (0.0,):
                 name = f"{optimizer} lr {lr:g}, batch {batch_size}, decay {weight_decay:g}"
                 options = {"optimizer": optimizer, "lr": lr, "batch_size": batch_size, "weight_decay": weight_decay}
                 found[name] = replace(base, **options)
@@ -138,9 +138,9 @@ def draw(models: list[Row], path: Path, title: str) -> None:
 def main() -> None:
     args = parse_arguments(__doc__, NAME, num_seeds=2)
     if args.quick:
-        runs = runs_of(settings(QUICK, (32, 256), (0.0,)), args.seeds)
+        runs = runs_of(settings(QUICK, (32, 256), with_decay=False), args.seeds)
     else:
-        runs = runs_of(settings(FULL, (25, 250), (0.0, 1e-3)), args.seeds)
+        runs = runs_of(settings(FULL, (25, 250)), args.seeds)
     rows = finish(runs, args.out, args.workers)
     write_csv(rows, args.results / f"{NAME}.csv")
     models = models_of(rows)

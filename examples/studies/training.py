@@ -57,7 +57,7 @@ class Recipe:
         width: Of the hidden layers of ``"fully_connected"``.
         dropout: Of ``"convnet"``.
         batch_norm: Of ``"convnet"``.
-        optimizer: ``"sgd"`` or ``"adam"``.
+        optimizer: ``"sgd"`` or ``"adam"`` (with decay: AdamW).
         rho: Of SAM; 0 for plain training.
     """
 
@@ -91,7 +91,9 @@ class RecipeModule(Classifier):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         recipe = self.recipe
         if recipe.optimizer == "adam":
-            return torch.optim.Adam(self.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+            # Without decay this is Adam. Decay as part of the gradient would be normalised, too: dead units would
+            # shrink to nothing within epochs, and the products of their weights leave the range of float32.
+            return torch.optim.AdamW(self.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         return torch.optim.SGD(
             self.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
