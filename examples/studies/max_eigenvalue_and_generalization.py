@@ -37,7 +37,8 @@ SAME_ACCURACY, SAME_LAMBDA = 1.0, 1.25
 class Grid:
     """What is trained: learning rates and batch sizes, small and large, plain, with SAM, dropout and BatchNorm.
 
-    SAM and dropout are tried at the large learning rate, dropout with the small batches.
+    SAM and dropout are tried at the large learning rate, dropout with large batches, and down to a training loss of its
+    own, which the noise of excessive dropout can still reach.
     """
 
     base: Recipe
@@ -45,6 +46,7 @@ class Grid:
     batch_sizes: tuple[int, int]
     rho: float
     dropouts: tuple[float, float]
+    dropout_loss: float
 
     def settings(self) -> dict[str, Recipe]:
         """All settings by name, each once: findings share them."""
@@ -54,8 +56,9 @@ class Grid:
                 settings[plain(lr, size)] = replace(self.base, lr=lr, batch_size=size)
                 settings[batch_norm(lr, size)] = replace(self.base, lr=lr, batch_size=size, batch_norm=True)
             settings[sam(size)] = replace(self.base, lr=self.lrs[1], batch_size=size, rho=self.rho)
-        for p in self.dropouts:
-            settings[dropout(p)] = replace(self.base, lr=self.lrs[1], batch_size=self.batch_sizes[0], dropout=p)
+        at_loss = replace(self.base, points=(f"loss={self.dropout_loss:g}",))
+        for p in (0.0, *self.dropouts):
+            settings[dropout(p)] = replace(at_loss, lr=self.lrs[1], batch_size=self.batch_sizes[1], dropout=p)
         return settings
 
 
@@ -81,11 +84,13 @@ FULL = Grid(
     batch_sizes=(50, 200),
     rho=0.1,
     dropouts=(0.2, 0.6),
+    dropout_loss=0.1,
 )
 QUICK = replace(
     FULL,
     base=replace(FULL.base, data="digits", points=("loss=0.1",), max_steps=1000),
     batch_sizes=(32, 128),
+    dropout_loss=0.3,
     dropouts=(0.2, 0.6),
 )
 
@@ -96,12 +101,13 @@ class Findings:
     def __init__(self, rows: list[Row], grid: Grid) -> None:
         self.rows = rows
         self.grid = grid
+        self.points = {name: recipe.points[0] for name, recipe in grid.settings().items()}
 
     def lambda_max(self, setting: str) -> dict[int, float]:
-        return values(self.rows, setting, self.grid.base.points[0], "lambda_max")
+        return values(self.rows, setting, self.points[setting], "lambda_max")
 
     def accuracy(self, setting: str) -> dict[int, float]:
-        return values(self.rows, setting, self.grid.base.points[0], "test_accuracy")
+        return values(self.rows, setting, self.points[setting], "test_accuracy")
 
     def benefit(self, setting: str, reference: str) -> dict[int, float]:
         """Return by how many points the test accuracy is higher, by seed."""
@@ -132,6 +138,7 @@ class Findings:
             benefits.append(self.benefit(plain(high, size), plain(low, size)))
         where = f"lr {low:g} to {high:g}, batch {self.grid.batch_sizes[0]}"
         lines.append(verdict_line(helps, where, difference(benefits[0], dict.fromkeys(benefits[0], 0.0), " %")))
+        where += f" and {self.grid.batch_sizes[-1]}"
         lines.append(verdict_line(vanishes, where, difference(benefits[0], benefits[-1], " %")))
         return lines
 
@@ -210,7 +217,7 @@ class Findings:
             "SGD": [plain(lrs[1], size) for size in sizes],
             f"SAM, rho = {self.grid.rho:g}": [sam(size) for size in sizes],
         }
-        dropped = [plain(lrs[1], sizes[0]), *(dropout(p) for p in self.grid.dropouts)]
+        dropped = [dropout(p) for p in (0.0, *self.grid.dropouts)]
         lr_ticks, pair_ticks = [f"{lr:g}" for lr in lrs], [f"{size}, {lr:g}" for lr, size in diagonal]
         return {
             "1_learning_rate": ("learning rate", lr_ticks, by_lr),
@@ -250,7 +257,8 @@ def main() -> None:
     write_csv(rows, args.results / f"{NAME}.csv")
     findings = Findings(rows, grid)
     data = "digits" if args.quick else f"MNIST 5k ({grid.base.num_train} for training, 8x8)"
-    title = f"{data}, {args.seeds} seeds, at equal training loss ({grid.base.points[0].removeprefix('loss=')})"
+    loss = grid.base.points[0].removeprefix("loss=")
+    title = f"{data}, {args.seeds} seeds, at equal training loss ({loss}; dropout: {grid.dropout_loss:g})"
     findings.draw(args.results, f"{title}: dots are seeds, lines their means")
     verdicts = findings.verdicts()
     lines = [line for lines in verdicts.values() for line in lines]
