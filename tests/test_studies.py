@@ -148,6 +148,17 @@ def test_rank_correlation_of_made_up_models(slope, verdict):
     assert found.estimate == pytest.approx(stats.kendalltau(range(30), gaps).statistic)
 
 
+def test_tau_is_that_of_scipy_with_ties():
+    import numpy as np
+    from verdicts import kendall
+
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        x, y = draw.integers(0, 6, size=(2, 15)).astype(float)
+        assert kendall(x, y) == pytest.approx(stats.kendalltau(x, y).statistic)
+    assert kendall(np.ones(3), np.arange(3.0)) == 0.0
+
+
 def test_seeds_of_a_setting_are_not_independent():
     from verdicts import clustered_bootstrap
 

@@ -237,14 +237,15 @@ class Findings:
                 log = label == "lambda_max"
                 for i, (name, settings) in enumerate(lines.items()):
                     groups = [read(setting).values() for setting in settings]
-                    dots(ax, list(range(len(ticks))), groups, color=f"C{i}", label=name, log=log)
+                    shift = 0.06 * (i - (len(lines) - 1) / 2)  # so that the dots of lines do not cover each other
+                    dots(ax, [x + shift for x in range(len(ticks))], groups, color=f"C{i}", label=name, log=log)
                 ax.set_xticks(range(len(ticks)), ticks)
                 ax.set_xlim(-0.5, len(ticks) - 0.5)
                 ax.set(xlabel=axis, yscale="log" if log else "linear")
                 ax.set_title(label, fontsize=10)
                 ax.grid(alpha=0.3)
             if len(lines) > 1:
-                axes[0][0].legend(fontsize=8)
+                made.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
             made.suptitle(title, fontsize=10)
             made.savefig(folder / f"{NAME}_{stem}.png", dpi=110)
 

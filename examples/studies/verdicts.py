@@ -120,10 +120,14 @@ def mean_effect(values: Sequence[float], unit: str = "") -> Effect:
     return Effect(mean, mean - half, mean + half, num, unit=unit)
 
 
-def kendall(x: Sequence[float], y: Sequence[float]) -> float:
-    """Return Kendall's tau-b: pairs in the same order minus pairs in opposite order, over pairs; 0 without order."""
-    tau = float(stats.kendalltau(x, y).statistic)
-    return 0.0 if math.isnan(tau) else tau
+def kendall(x: np.ndarray, y: np.ndarray) -> float:
+    """Return Kendall's tau-b: pairs in the same order minus pairs in opposite order, over pairs; 0 without order.
+
+    SciPy has it, too; this is ten times faster on a few dozen models, which a bootstrap needs.
+    """
+    order_x, order_y = (np.sign(np.subtract.outer(v, v)) for v in (x, y))
+    num_pairs = math.sqrt(np.sum(order_x**2) * np.sum(order_y**2))
+    return float(np.sum(order_x * order_y)) / num_pairs if num_pairs else 0.0
 
 
 def clustered_bootstrap(clusters: Sequence[str], statistic: Callable[[np.ndarray], float], *, seed: int = 0) -> Effect:
