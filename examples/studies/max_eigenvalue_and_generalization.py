@@ -246,7 +246,8 @@ class Findings:
                 ax.grid(alpha=0.3)
             if len(lines) > 1:
                 made.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-            made.suptitle(title, fontsize=10)
+            loss = {self.points[setting].removeprefix("loss=") for settings in lines.values() for setting in settings}
+            made.suptitle(f"{title}, at training loss {loss.pop()}\ndots are seeds, lines their means", fontsize=9)
             made.savefig(folder / f"{NAME}_{stem}.png", dpi=110)
 
 
@@ -257,10 +258,10 @@ def main() -> None:
     rows = finish(runs, args.out, args.workers)
     write_csv(rows, args.results / f"{NAME}.csv")
     findings = Findings(rows, grid)
-    data = "digits" if args.quick else f"MNIST 5k ({grid.base.num_train} for training, 8x8)"
+    data = "digits" if args.quick else "MNIST 5k (1,000 for training, averaged to 8x8)"
     loss = grid.base.points[0].removeprefix("loss=")
     title = f"{data}, {args.seeds} seeds, at equal training loss ({loss}; dropout: {grid.dropout_loss:g})"
-    findings.draw(args.results, f"{title}: dots are seeds, lines their means")
+    findings.draw(args.results, f"{data}, {args.seeds} seeds")
     verdicts = findings.verdicts()
     lines = [line for lines in verdicts.values() for line in lines]
     text = f"{title}. Effects are ratios or differences, paired by seed. {tally(lines)}\n\n"

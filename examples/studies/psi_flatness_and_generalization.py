@@ -146,11 +146,11 @@ def main() -> None:
     if args.quick:
         runs = runs_of(settings(QUICK, (32, 256), regularized=False), args.seeds)
     else:
-        runs = runs_of(settings(FULL, (25, 250)), args.seeds)
+        runs = runs_of(settings(FULL, (25, 100, 250)), args.seeds)
     rows = finish(runs, args.out, args.workers)
     write_csv(rows, args.results / f"{NAME}.csv")
     models = models_of(rows)
-    data = "digits" if args.quick else f"MNIST 5k ({FULL.num_train} for training, 8x8)"
+    data = "digits" if args.quick else "MNIST 5k (1,000 for training, averaged to 8x8)"
     title = f"{len(models)} models of {len(runs) // args.seeds} settings, {data}, trained to the same loss"
     draw(models, args.results / f"{NAME}.png", f"{title}: Kendall's tau of measure and generalisation gap")
     correlations, advantages = correlation_lines(models), advantage_lines(models)

@@ -19,12 +19,15 @@ VERDICT_HEADER = ("claim", "where", "effect", "95 % interval", "pairs", "verdict
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Write all rows; a column for everything that any row has, in the order of appearance; empty where missing."""
+    """Write all rows; a column for everything that any row has, in the order of appearance; empty where missing.
+
+    Floats have all their digits, so that the verdicts can be computed again from the file.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        writer.writerows(rows)
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
