@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -315,6 +316,45 @@ def test_readme_has_no_verdict_of_its_own():
     assert not [line for line in verdicts if line not in tables]
 
 
+# ----------------------------------------------------------------------------------------------------------- one run
+
+
+@pytest.mark.slow
+def test_run_is_measured_at_its_points_on_all_training_samples(tmp_path, monkeypatch):
+    import training
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from training import Recipe, RecipeModule, data_of, train_and_measure
+
+    from lightning_flatness import LossLandscape, TopEigenvalues
+
+    folder = tmp_path / "a setting" / "seed3"
+    recipe = Recipe(("step=5", "loss=2", "loss=1e-9"), ("lambda_max",), 80, 100, 0.05, data="digits")
+    rows = {row["point"]: row for row in train_and_measure("a setting", 3, recipe, folder)}
+    assert {(row["setting"], row["seed"]) for row in rows.values()} == {("a setting", 3)}
+    assert rows["loss=1e-9"] == {"setting": "a setting", "seed": 3, "point": "loss=1e-9", "reached": False}
+    assert rows["step=5"]["step"] == 5
+    assert rows["step=5"]["epoch"] == 5 / 14
+    assert 1.8 < rows["loss=2"]["train_loss"] <= 2.0 < rows["step=5"]["train_loss"]
+
+    events = EventAccumulator(str(folder)).Reload()
+    logged = {e.step: e.value for e in events.Scalars("flatness/lambda_max")}
+    assert logged == {row["step"]: pytest.approx(row["lambda_max"]) for row in rows.values() if row["reached"]}
+
+    modules = []
+    monkeypatch.setattr(training, "RecipeModule", lambda *args: modules.append(RecipeModule(*args)) or modules[-1])
+    [again] = train_and_measure("a setting", 3, replace(recipe, points=("step=5",)), folder)
+    assert again == rows["step=5"]
+    data = data_of(recipe)
+    metric = TopEigenvalues(tol=1e-5)
+    landscape = LossLandscape(modules[0], [data.train_set.tensors])
+    metric.update(landscape)
+    assert again["lambda_max"] == pytest.approx(float(metric.compute()), rel=1e-3)
+    assert again["train_loss"] == pytest.approx(float(landscape.loss()), rel=1e-5)
+    x, y = data.test_set.tensors
+    num_right = sum(modules[0].net(x).argmax(dim=1) == y).item()
+    assert again["test_accuracy"] == pytest.approx(100 * num_right / len(y))
+
+
 # ------------------------------------------------------------------------------------------------- killed, and resumed
 
 
@@ -381,8 +421,6 @@ def test_killed_study_gives_the_same_table(tmp_path, start):
 
 @pytest.mark.slow
 def test_run_of_another_recipe_is_done_again(tmp_path):
-    from dataclasses import replace
-
     from study import Run, finish
     from training import Recipe
 
