@@ -45,7 +45,7 @@ class BatchedLoss(Protocol):
     graphs: GraphStore | None
     """Where graphs may be left for the next product; None at displaced weights."""
 
-    def batch_loss(self, index: int) -> Tensor:
+    def batch_loss(self, index: int, *, allow_non_finite: bool = False) -> Tensor:
         """Return the loss of a batch with its graph."""
 
     def fresh_batch(self, index: int) -> Any:
