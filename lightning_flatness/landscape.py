@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_flatness.batches import copy_batch, infer_batch_size, prepare_batch, slice_samples
 from lightning_flatness.cost import Cost
-from lightning_flatness.engines import EngineName, GraphStore, Products, check_engine, kept_gradient
+from lightning_flatness.engines import EngineName, GraphStore, Products, check_engine
 from lightning_flatness.gauss_newton import normalized_logits, output_loss_of
 from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
 from lightning_flatness.isolation import DifferentiableWeightNorm, Isolation, Mode, isolated, preserved_rng
@@ -295,17 +295,37 @@ class LossLandscape:
         if self._gradient is not None:
             return self._gradient.clone()
 
-        def local(index: int) -> Sequence[Tensor | None]:
-            if (kept := kept_gradient(self, index)) is not None:
-                return kept
-            self.cost.add_batch_gradient(index, self.batch_sizes)
-            return torch.autograd.grad(self.batch_loss(index), self.parameters, allow_unused=True)
-
         with self.measurement():
-            gradient = self.mean_over_samples(local, self.num_parameters)
-            if self.graphs is not None:  # not at displaced weights
-                self._gradient = gradient
+            gradient = self.sum_over_ranks(self._add_gradient, self.num_parameters)
+            if self.graphs is None:  # at displaced weights
+                return gradient
+            self._gradient, self.graphs.gradient_sum = gradient, None
             return gradient.clone()
+
+    def leave_gradient(self, index: int, pieces: Sequence[Tensor | None]) -> None:
+        """Take the gradient of a batch, which is a by-product of a Hessian-vector product, for :meth:`gradient`.
+
+        Args:
+            index: Which of this rank's batches.
+            pieces: Its gradient, a piece per parameter.
+        """
+        if self.graphs is None or self._gradient is not None or index in self.graphs.summed:
+            return
+        if self.graphs.gradient_sum is None:
+            self.graphs.gradient_sum = torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+        self._add_batch(self.unflatten(self.graphs.gradient_sum), index, pieces)
+        self.graphs.summed.add(index)
+
+    def _add_gradient(self, total: Tensor) -> None:
+        known = set() if self.graphs is None else self.graphs.summed
+        if self.graphs is not None and self.graphs.gradient_sum is not None:
+            total.add_(self.graphs.gradient_sum)
+        views = self.unflatten(total)
+        for index in range(len(self.batches)):
+            if index not in known:
+                self.cost.add_batch_gradient(index, self.batch_sizes)
+                pieces = torch.autograd.grad(self.batch_loss(index), self.parameters, allow_unused=True)
+                self._add_batch(views, index, pieces)
 
     def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Return ``L(w)`` and its gradient, for the price of the gradient and with one all-reduce."""
@@ -434,12 +454,16 @@ class LossLandscape:
         def add(total: Tensor) -> None:
             views = list(total[:num_scalars])
             views += self.unflatten(total[num_scalars:]) if size > num_scalars else []
-            for index, num_samples in enumerate(self.batch_sizes):
-                for view, piece in zip(views, local(index), strict=True):
-                    if piece is not None:
-                        view.add_(piece.detach(), alpha=num_samples / self.num_samples)
+            for index in range(len(self.batches)):
+                self._add_batch(views, index, local(index))
 
         return self.sum_over_ranks(add, size)
+
+    def _add_batch(self, views: Sequence[Tensor], index: int, pieces: Sequence[Tensor | None]) -> None:
+        """Add what a batch contributes to a mean over all samples."""
+        for view, piece in zip(views, pieces, strict=True):
+            if piece is not None:
+                view.add_(piece.detach(), alpha=self.batch_sizes[index] / self.num_samples)
 
     def sum_over_ranks(self, add: Callable[[Tensor], None], size: int) -> Tensor:
         """Return the sum over all ranks of what each adds to a vector of zeros, with one all-reduce.

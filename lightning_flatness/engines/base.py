@@ -60,6 +60,9 @@ class BatchedLoss(Protocol):
     def gradient(self) -> Tensor:
         """Return the gradient of the mean loss."""
 
+    def leave_gradient(self, index: int, pieces: Sequence[Tensor | None]) -> None:
+        """Take the gradient of a batch, which is a by-product of a Hessian-vector product."""
+
     def displaced(self, displacement: Tensor, scale: float = 1.0) -> AbstractContextManager[None]:
         """Evaluate at ``w + scale · displacement`` inside."""
 

@@ -1,8 +1,8 @@
 """Forward mode over reverse mode: ``H v`` as the derivative of the gradient along ``v``.
 
 Neither engine is chosen by itself: no workload of ``examples/benchmark_engines.py`` has one of them ahead of the graph
-kept or rebuilt by autograd. And forward mode is wrong, without an error, for some operators (BatchNorm in training mode,
-torch 2.13), so their first product of every measurement is compared with autograd's.
+kept or rebuilt by autograd. And forward mode can be wrong without an error (``torch.func.jvp`` through BatchNorm in
+training mode, torch 2.13), so the first product of every measurement is compared with autograd's.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class ForwardOverReverse(BatchEngine):
             with warnings.catch_warnings(), forward_ad.dual_level():
                 warnings.filterwarnings("ignore", message=".torch.jit.script")  # torch's own use of it
                 duals = [
-                    forward_ad.make_dual(p.detach().requires_grad_(), piece.to(p.dtype))
+                    forward_ad.make_dual(p.detach().requires_grad_(), piece.to(p.dtype))  # type: ignore[no-untyped-call]
                     for p, piece in zip(loss.parameters, pieces, strict=True)
                 ]
                 gradient = torch.autograd.grad(_loss_at(loss, index, duals), duals, allow_unused=True)
-                tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradient]
+                tangents = [None if g is None else _tangent(g) for g in gradient]
         except Exception as error:  # if it is the user's own, autograd will meet it again
             raise ForwardEngineError(_first_line(error)) from error
         loss.cost.add_batch_gradient(index, loss.batch_sizes)
@@ -69,6 +69,11 @@ class Linearized(BatchEngine):
             return linear([piece.to(p.dtype) for p, piece in zip(loss.parameters, pieces, strict=True)])
         except Exception as error:
             raise ForwardEngineError(_first_line(error)) from error
+
+
+def _tangent(dual: Tensor) -> Tensor | None:
+    tangent: Tensor | None = forward_ad.unpack_dual(dual).tangent  # type: ignore[no-untyped-call]
+    return tangent
 
 
 def _linearized(loss: BatchedLoss, index: int) -> Callable[[list[Tensor]], list[Tensor]]:

@@ -73,7 +73,7 @@ class NumericGaussNewton(BatchEngine):
 def _linearized_batch(loss: BatchedLoss, index: int) -> tuple[Linearization, int]:
     """Return the outputs of a batch with their graph, and the bytes that it holds."""
     output_loss = output_loss_of(loss, _PURPOSE)
-    with counted_bytes() as storages:
+    with counted_bytes(loss.parameters) as storages:
         with loss.forward_pass(index), DifferentiableWeightNorm():
             linearization = Linearization(output_loss, loss.module, loss.fresh_batch(index), loss.parameters)
         check_loss(linearization.loss)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 Key: TypeAlias = tuple[type, int | str]
 """The engine that made a graph, and the batch."""
 
@@ -17,6 +19,10 @@ class GraphStore:
 
     def __init__(self, budget: float) -> None:
         self.budget = budget
+        self.gradient_sum: Tensor | None = None
+        """The gradients of batches that were by-products, weighted and added up, for the gradient of all."""
+        self.summed: set[int] = set()
+        """Whose gradients those are."""
         self._graphs: dict[Key, Any] = {}
         self._sizes: dict[Key, int] = {}
 
