@@ -337,7 +337,7 @@ class LossLandscape:
 
         with self.measurement():
             both = self.mean_over_samples(local, 1 + self.num_parameters)
-            return both[0].clone(), both[1:].clone()
+            return both[0], both[1:]
 
     def hvp(self, v: Tensor) -> Tensor:
         """Return ``H v``, the product of the Hessian of ``L`` at ``w`` with a vector.
