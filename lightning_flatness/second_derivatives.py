@@ -93,7 +93,8 @@ def counted_bytes(parameters: Iterable[Tensor]) -> Iterator[dict[int, int]]:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Without its history, which autograd gives back to it: an output kept by its own node would never be freed.
+        return tensor.detach()
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         yield storages
