@@ -50,10 +50,13 @@ class LossLandscape:
             :class:`OutputLoss` is needed for what looks at the outputs (:meth:`ggnvp`, normalised logits).
         mode: ``"eval"`` (dropout off, running statistics) or ``"train"`` (dropout with fixed masks, batch
             statistics).
-        engine: How Hessian-vector products are made. ``"exact"``: by differentiating twice; the graphs of batches are
-            kept between products as far as ``graph_memory`` goes (``"kept"``: all of them; ``"rebuilt"``: none).
-            ``"finite_difference"``: central differences of the gradient. ``"auto"``: exact, and finite
-            differences, with a warning, if an operator has no second derivative.
+        engine: How Hessian-vector products are made. ``"auto"``: by differentiating twice, the graphs of batches kept
+            between products as far as ``graph_memory`` goes and rebuilt in every product beyond that; by finite
+            differences, with a warning, if an operator has no second derivative. ``"exact"``: the same, but an error
+            instead of the warning. ``"kept"``, ``"rebuilt"``: all graphs, or none. ``"forward_over_reverse"`` (dual
+            numbers) and ``"linearized"`` (``torch.func.linearize``) are compared with the former in every
+            measurement; what they cannot do is left to ``"auto"``, with a warning. ``"finite_difference"``: central
+            differences of the gradient, with ``product_error`` their relative error.
         graph_memory: Bytes of gradient graphs that are kept between Hessian-vector products of one measurement.
             Batches beyond that are differentiated anew in each product, which costs 1.5 times as much.
         batch_size_fn: ``batch_size_fn(batch)`` returns the number of samples of a batch. Default: the length
@@ -133,7 +136,8 @@ class LossLandscape:
     def engine(self) -> str:
         """What made the last Hessian-vector product; before the first one what was asked for.
 
-        ``"kept"``, ``"rebuilt"`` or ``"kept+rebuilt"`` (for some batches each), ``"finite_difference"``.
+        ``"kept"``, ``"rebuilt"`` or ``"kept+rebuilt"`` (for some batches each), ``"forward_over_reverse"``,
+        ``"linearized"`` or ``"finite_difference"``.
         """
         return self._products.engine
 
@@ -342,7 +346,8 @@ class LossLandscape:
     def hvp(self, v: Tensor) -> Tensor:
         """Return ``H v``, the product of the Hessian of ``L`` at ``w`` with a vector.
 
-        Costs about two gradients while the graph is kept (see :meth:`measurement`), three otherwise.
+        Costs about two gradients while the graph is kept (see :meth:`measurement`), three otherwise. Beside ``v`` and
+        the graph it takes memory for three vectors like ``v`` (the sum, the product of one batch, the gradient).
 
         Args:
             v: Flat vector, shape (num_parameters,).
