@@ -35,6 +35,7 @@ from lightning_flatness.second_derivatives import (
     graph_nodes,
     second_derivative_error,
 )
+from lightning_flatness.sharding import check_gathered, check_sharding, gathered, is_distributed, is_sharded, reshard
 
 Differentiation = Literal["auto", "exact", "finite_difference"]
 
@@ -145,10 +146,12 @@ class LossLandscape:
         self.graph_memory = graph_memory
         self.seed = seed
         self.optimizer = optimizer
+        reshard(self.module)
         self.parameters = trainable_parameters(self.module)
         self.num_parameters = sum(p.numel() for p in self.parameters)
         self.device = self.parameters[0].device
         self.dtype = _vector_dtype(self.parameters)
+        check_sharding(self.module, self.num_parameters, self.device)
         self.cost = Cost()
         self.product_error = 0.0
         """Estimated relative error of Hessian-vector products; above zero where finite differences are used."""
@@ -161,6 +164,8 @@ class LossLandscape:
         self.num_samples = self._total(sum(self.batch_sizes))
         if self.num_samples == 0:
             raise ValueError("Expected at least one sample in `batches`, got none. Check the loader or the probe.")
+        coarsest = max((p.dtype for p in self.parameters), key=lambda dtype: torch.finfo(dtype).eps)
+        check_gathered(self.module, self._plain_loss, self.batches, self.device, coarsest)
         self._isolation: Isolation | None = None
         self._graphs: list[_Graph | None] | None = None
         self._output_graphs: list[_OutputGraph | None] | None = None
@@ -186,12 +191,16 @@ class LossLandscape:
             with torch.inference_mode(False), torch.enable_grad():  # Metric.update has turned gradients off again
                 yield self
             return
-        with isolated(self.module, self.mode, self.device, self.seed) as self._isolation:
+        held = self.parameters
+        guard = isolated(self.module, self.mode, self.device, self.seed)
+        with gathered(self.module, held) as whole_parameters, guard as self._isolation:
+            self.parameters = whole_parameters
             self._graphs = [None] * len(self.batches)
             self._output_graphs = [None] * len(self.batches)
             try:
                 yield self
             finally:
+                self.parameters = held
                 self._isolation = self._graphs = self._output_graphs = self._gradient = None
                 self._charts.clear()
 
@@ -205,6 +214,10 @@ class LossLandscape:
             displacement: Flat vector, shape (num_parameters,).
         """
         self._check_vector("displacement", displacement)
+        if self._isolation is None and any(is_sharded(p) for p in self.parameters):
+            with self.measurement(), self.displaced(displacement):
+                yield
+            return
         originals = [p.data for p in self.parameters]
         here = self._graphs, self._output_graphs, self._gradient, self._charts
         self._graphs, self._output_graphs, self._gradient, self._charts = None, None, None, {}
@@ -229,7 +242,8 @@ class LossLandscape:
         if geometry in self._charts:
             return self._charts[geometry]
         bound = resolve_geometry(geometry).for_optimizer(self.optimizer)
-        chart = bound.chart(self.module, self.parameters, self.dtype)
+        with gathered(self.module, self.parameters) as parameters:
+            chart = bound.chart(self.module, parameters, self.dtype)
         if self._isolation is not None:
             self._charts[geometry] = chart
         return chart
@@ -253,7 +267,7 @@ class LossLandscape:
         """
         if self._isolation is None:
             raise RuntimeError("Expected `sub_batches` inside a measurement. Open `with landscape.measurement():`.")
-        world_size, rank = (dist.get_world_size(), dist.get_rank()) if _is_distributed() else (1, 0)
+        world_size, rank = (dist.get_world_size(), dist.get_rank()) if is_distributed() else (1, 0)
         num_local = sum(self.batch_sizes)
         bounds = [max(0, -(-(i - rank) // world_size)) for i in range(0, self.num_samples, num_samples)]
         stops = [*bounds[1:], max(num_local, bounds[-1])]
@@ -622,6 +636,12 @@ class LossLandscape:
             )
         return loss
 
+    def _plain_loss(self, batch: Any) -> Tensor:
+        """Return the loss on a batch in evaluation mode, whatever the module's weights are held in."""
+        guard = isolated(self.module, "eval", self.device, self.seed)
+        with guard as isolation, torch.no_grad(), isolation.forward_pass(0):
+            return check_loss(loss_in(self.loss_fn(self.module, copy_batch(batch))), allow_non_finite=True)
+
     def _fresh_batch(self, index: int) -> Any:
         """Return a copy of a batch: user code may write into its batch, or pop from it."""
         return copy_batch(self.batches[index])
@@ -663,7 +683,7 @@ class LossLandscape:
         except Exception as error:
             failure = error
             total[size + int(isinstance(error, NotTwiceDifferentiableError))] = 1
-        if _is_distributed():
+        if is_distributed():
             total[size + 2] = self._has_custom_functions
             dist.all_reduce(total)
             *num_failures, num_custom = total[size:].tolist()
@@ -676,7 +696,7 @@ class LossLandscape:
         return total[:size]
 
     def _total(self, count: int) -> int:
-        if not _is_distributed():
+        if not is_distributed():
             return count
         total = torch.tensor([count], dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
@@ -738,7 +758,3 @@ _VERIFICATION_TOLERANCE = 0.05
 
 def _vector_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -23,6 +23,7 @@ ORDER = [
     "loss",
     "geometry",
     "isolation",
+    "sharding",
     "batches",
 ]
 """From top to bottom: each may import what stands below it."""

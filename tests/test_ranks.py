@@ -26,13 +26,13 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run_ranks(command: str, out: Path, *numbers: int, world_size: int = 2) -> list[Any]:
+def run_ranks(command: str, out: Path, *numbers: int, world_size: int = 2, script: str = "ddp_worker.py") -> list[Any]:
     """Run the worker on every rank and return what each has written."""
     port = str(free_port())
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     processes = [
         subprocess.Popen(
-            [sys.executable, str(TESTS / "ddp_worker.py"), command, str(out), *map(str, numbers)],
+            [sys.executable, str(TESTS / script), command, str(out), *map(str, numbers)],
             env=os.environ
             | {
                 "PYTHONPATH": path,

@@ -17,7 +17,7 @@ from lightning_flatness.landscape import Differentiation, LossLandscape, check_o
 from lightning_flatness.loss import LossFunction
 from lightning_flatness.probe import SeenBatches, can_index, draw_probe
 
-_UNSUPPORTED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+_UNSUPPORTED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy"}
 _FIRST_MESSAGE_AFTER = 10.0
 
 

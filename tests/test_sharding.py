@@ -1,0 +1,127 @@
+"""Weights sharded over two gloo processes (FSDP2): the values of one process, and no trace in the training."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import PROBLEMS, cross_entropy, make_problem
+from registry import METRICS, make_landscape
+from sharded_worker import TensorParallel, make_batches
+from test_ranks import run_ranks
+
+from lightning_flatness import LossLandscape, TopEigenvalues
+
+pytestmark = pytest.mark.slow
+
+
+def run_sharded(command: str, out: Path, *numbers: int, world_size: int = 2) -> list[Any]:
+    return run_ranks(command, out, *numbers, world_size=world_size, script="sharded_worker.py")
+
+
+@pytest.fixture(scope="module")
+def landscapes(tmp_path_factory) -> list[dict[str, Any]]:
+    return run_sharded("landscape", tmp_path_factory.mktemp("landscape"))
+
+
+@pytest.mark.parametrize("name", list(PROBLEMS))
+def test_a_sharded_module_has_the_landscape_of_the_whole_one(landscapes, name):
+    problem = make_problem(name)
+    landscape = LossLandscape(problem.module, problem.batches, problem.loss_fn, mode=problem.mode)
+    metric = TopEigenvalues(k=2, geometry="layer", tol=1e-9)
+    metric.update(landscape)
+    v = torch.randn(landscape.num_parameters, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with landscape.displaced(0.1 * v):
+        displaced = float(landscape.loss())
+    for share in ("split", "one"):
+        first, second = (values[f"{name}/{share}"] for values in landscapes)
+        assert first == second
+        assert first["loss"] == pytest.approx(float(landscape.loss()), rel=1e-12)
+        assert first["displaced"] == pytest.approx(displaced, rel=1e-12)
+        assert first["gradient"] == pytest.approx(landscape.gradient().tolist(), rel=1e-10, abs=1e-12)
+        assert first["product"] == pytest.approx(landscape.hvp(v).tolist(), rel=1e-10, abs=1e-12)
+        assert first["scale"] == pytest.approx(landscape.chart("filter").pull_back(v).tolist(), rel=1e-12)
+        assert first["eigenvalues"] == pytest.approx(metric.compute().tolist(), rel=1e-8), name
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory) -> list[dict[str, Any]]:
+    return run_sharded("others", tmp_path_factory.mktemp("others"))
+
+
+def test_a_tensor_parallel_module_has_the_landscape_of_the_whole_one(modules):
+    module, batches = TensorParallel(), make_batches()
+    landscape = LossLandscape(module, batches, cross_entropy)
+    metric = TopEigenvalues(k=2, geometry="layer", tol=1e-9)
+    metric.update(landscape)
+    first, second = (rank["tensor_parallel"] for rank in modules)
+    assert first == second
+    assert first["gradient"] == pytest.approx(landscape.gradient().tolist(), rel=1e-10, abs=1e-12)
+    assert first["eigenvalues"] == pytest.approx(metric.compute().tolist(), rel=1e-8)
+    assert first["output"] == pytest.approx(module(batches[0][0]).flatten().tolist(), rel=1e-12)  # as before
+
+
+REFUSED = {
+    "local_sizes": "same with whole weights as with slices of them, got the loss",
+    "local_shapes": "same with whole weights as with slices of them, got RuntimeError: shape",
+    "both": r"torch.distributed.fsdp.fully_shard \(FSDP2\) .* got one with both FSDP2 and tensor parallelism",
+    "fsdp1": r"got one wrapped in FullyShardedDataParallel \(FSDP1\).* measure a checkpoint of the full weights",
+    "stages": r"got one with other weights on every rank \(a stage of a pipeline, say\)",
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_cannot_be_gathered_is_refused_on_all_ranks(modules, name):
+    for rank in modules:
+        assert re.search(REFUSED[name], rank[name]), rank[name]
+
+
+def test_deepspeed_is_refused():
+    module = torch.nn.Linear(2, 1)
+    module.weight.ds_id = 0  # what ZeRO stage 3 sets
+    with pytest.raises(ValueError, match=r"got one partitioned by DeepSpeed \(ZeRO stage 3\). Train it with"):
+        LossLandscape(module, [torch.ones(1, 2)], lambda m, x: m(x).mean())
+
+
+def test_all_metrics_of_a_sharded_module(tmp_path):
+    first, second = run_sharded("metrics", tmp_path)
+    assert first == second
+    for name, make in METRICS.items():
+        metric = make()
+        metric.update(make_landscape())
+        value, error = first[name]
+        assert value == pytest.approx(metric.compute().flatten().tolist(), rel=1e-6, nan_ok=True), name
+        assert error == pytest.approx(metric.error.flatten().tolist(), rel=1e-3, abs=1e-9, nan_ok=True), name
+
+
+def test_no_trace_in_sharded_training(tmp_path):
+    for rank in run_sharded("no_trace", tmp_path):
+        assert rank["with"] == rank["without"]
+        assert rank["with"]["calls"].count("accumulated") == 6
+
+
+def test_monitor_under_model_parallel_strategy(tmp_path):
+    run_sharded("monitor", tmp_path / "one", 1, world_size=1)
+    ranks = run_sharded("monitor", tmp_path / "two", 2)
+    measured = [{k: v for k, v in rank["with"]["logged"].items() if k.startswith("flatness/")} for rank in ranks]
+    assert measured[0] == measured[1]
+    assert {"flatness/lambda_2", "flatness/invariant_sharpness", "flatness/preconditioned_sharpness"} <= set(
+        measured[0]
+    )
+    for rank in ranks:
+        for key in measured[0]:
+            del rank["with"]["logged"][key]
+        assert rank["with"] == rank["without"]
+    before, single = logged(tmp_path / "two"), logged(tmp_path / "one")
+    for key in ("lambda_max", "lambda_2", "invariant_sharpness"):
+        assert float(before[f"flatness/{key}"]) == pytest.approx(float(single[f"flatness/{key}"]), rel=1e-5)
+
+
+def logged(out: Path) -> dict[str, str]:
+    """The first row of the log that holds flatness: before training, where one process has the same weights."""
+    rows = csv.DictReader((out / "with" / "version_0" / "metrics.csv").read_text().splitlines())
+    return next(row for row in rows if row["flatness/lambda_max"])
