@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from modules import Augmented, Busy, loader, trainer
+from modules import Augmented, Busy, Classifier, loader, trainer
 from problems import PROBLEMS, cross_entropy, make_problem
 from registry import METRICS, make_landscape
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def landscape(out: Path) -> dict[str, Any]:
     """Ragged shares, one of them empty, of weights in float64 and in mixed precision; products and eigenvalues."""
     values: dict[str, Any] = {}
     with process_group() as (rank, size):
-        replicating = init_device_mesh("cpu", (1, 2))
+        replicating = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
         ways: dict[str, dict[str, Any]] = {
             "split": {},
             "one": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16), "mesh": replicating},
@@ -230,29 +230,46 @@ class ShardedBusy(Busy):
         fully_shard(self.net, mesh=mesh)
 
 
-def fit(out: Path, name: str, *callbacks: Any, devices: int = 2) -> dict[str, Any]:
+class ShardedClassifier(Classifier):
+    """A function of the weights alone."""
+
+    def configure_model(self) -> None:
+        fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+
+def fit(out: Path, module_class: Any, *callbacks: Any, strategy: Any, devices: int = 2) -> dict[str, Any]:
     seed_everything(0, verbose=False)
-    module = ShardedBusy() if devices > 1 else Busy()
+    module = module_class()
     run = trainer(
         out,
         *callbacks,
-        logger=CSVLogger(out, name=name),
-        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if devices > 1 else "auto",
+        logger=CSVLogger(out, name=module_class.__name__ + ("Watched" if callbacks else "")),
+        strategy=strategy,
         devices=devices,
         max_epochs=2,
     )
     run.fit(module, loader(Augmented(), batch_size=4), loader(Augmented(), batch_size=4, shuffle=False))
+    logged = {k: float(v) for k, v in run.callback_metrics.items() if not k.endswith("seconds")}
     weights = {name: whole(t).tolist() for name, t in module.state_dict().items()}
     state = [{k: whole(t).tolist() for k, t in s.items()} for s in run.optimizers[0].state.values()]
-    logged = {k: float(v) for k, v in run.callback_metrics.items() if not k.endswith("seconds")}
-    return {"weights": weights, "optimizer": state, "logged": logged, "history": module.history}
+    return {"logged": logged, "weights": weights, "optimizer": state, "history": getattr(module, "history", [])}
 
 
-def monitor(out: Path, devices: int) -> dict[str, Any]:
-    """Fit with the monitor and without."""
-    watch = FlatnessMonitor(top_k=2, probe_size=17, probe_batch_size=4, tol=1e-6, every_n_steps=2)
-    result = {"with": fit(out, "with", watch, devices=devices)}
-    return result | ({"without": fit(out, "without", devices=devices)} if devices > 1 else {})
+def monitor(out: Path) -> dict[str, Any]:
+    """Fit with the monitor and without, with weights sharded and whole."""
+
+    def watch() -> FlatnessMonitor:
+        return FlatnessMonitor(top_k=2, probe_size=17, probe_batch_size=4, tol=1e-6, every_n_steps=2)
+
+    def sharding() -> ModelParallelStrategy:
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+
+    return {
+        "with": fit(out, ShardedBusy, watch(), strategy=sharding()),
+        "without": fit(out, ShardedBusy, strategy=sharding()),
+        "sharded": fit(out, ShardedClassifier, watch(), strategy=sharding()),
+        "whole": fit(out, Classifier, watch(), strategy="ddp"),
+    }
 
 
 if __name__ == "__main__":
