@@ -186,8 +186,9 @@ class SharpnessAwareMinimization(Callback):
             _average_gradients(trainer, parameters)
         with perturbed(parameters, self.rho, self.geometry, pl_module) as norm:
             self._add_pending()
-            step.bring_gradients_back()
+            step.bring_gradients_back(trainer, averaged)
             loss = _second_pass(trainer, pl_module, step)
+            step.remove_placeholders()
         if loss is None:  # e.g. a step that returns None for a loss that is not finite: then as without SAM
             norm, loss = 0.0, _second_pass(trainer, pl_module, step)
         self._record(step, loss, norm)
@@ -265,6 +266,7 @@ class _RecordedStep:
         self.keywords: dict[str, Any] = {}
         self._module = module
         self._aside: list[tuple[Tensor, Tensor | None]] = []
+        self._placeholders: list[tuple[Tensor, Tensor, int]] = []
         # A compiled `training_step` is in the instance's dictionary already.
         self._shadowed = {name: v for name, v in module.__dict__.items() if name == "training_step"}
         training_step: Any = module.training_step
@@ -292,17 +294,36 @@ class _RecordedStep:
         wrapped = trainer.strategy.model
         for p in parameters.values():
             gradient, p.grad = p.grad, None
-            if gradient is not None and isinstance(wrapped, DistributedDataParallel):
-                # DDP remembers what the microbatches before used, and expects a gradient there. A gradient that is a
-                # view of its bucket would be overwritten by the next backward.
-                p.grad = torch.zeros_like(gradient)
-                gradient = gradient.clone() if wrapped.gradient_as_bucket_view else gradient
+            if isinstance(wrapped, DistributedDataParallel):
+                # DDP remembers what the microbatches before used, in the second pass or in the first one only, and
+                # expects a gradient there. A gradient that is a view of its bucket would be overwritten by the next
+                # backward.
+                if gradient is not None or (trainer.accumulate_grad_batches > 1 and _may_be_unused(p, wrapped)):
+                    p.grad = torch.zeros_like(p)
+                if gradient is not None and wrapped.gradient_as_bucket_view:
+                    gradient = gradient.clone()
             self._aside.append((p, gradient))
 
-    def bring_gradients_back(self) -> None:
+    def bring_gradients_back(self, trainer: Trainer, averaged: bool) -> None:
+        wrapped = trainer.strategy.model
         for p, gradient in self._aside:
+            if gradient is None and not averaged and _may_be_unused(p, wrapped):  # what the first pass has used
+                gradient = torch.zeros_like(p)
+                self._placeholders.append((p, gradient, gradient._version))
             p.grad = gradient
         self._aside.clear()
+
+    def remove_placeholders(self) -> None:
+        """Take away what stands for no gradient: the optimizer would decay a weight that has one, even of zeros."""
+        for p, gradient, version in self._placeholders:
+            if p.grad is gradient and gradient._version == version:
+                p.grad = None
+        self._placeholders.clear()
+
+
+def _may_be_unused(parameter: Tensor, wrapped: Any) -> bool:
+    """Return whether DDP keeps a record of the passes that used a parameter."""
+    return isinstance(wrapped, DistributedDataParallel) and wrapped.find_unused_parameters and parameter.requires_grad
 
 
 def loss_of(output: Any) -> Tensor | None:
