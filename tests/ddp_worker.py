@@ -144,7 +144,7 @@ def surface(out: Path) -> None:
     dist.destroy_process_group()
 
 
-SURFACES = [("random", "filter", None), ("eigenvectors", "layer", None), ("random", "path", 0.02)]
+SURFACES = [("random", "filter", None), ("eigenvectors", "layer", None), ("random", "element", 0.5)]
 
 
 if __name__ == "__main__":
