@@ -24,7 +24,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPr
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_flatness import FlatnessMonitor, LossLandscape, TopEigenvalues
+from lightning_flatness import SAM, FlatnessMonitor, LossLandscape, TopEigenvalues, loss_surface
+from lightning_flatness.estimators import relative_flatness
 
 
 @contextmanager
@@ -87,6 +88,12 @@ def metrics(out: Path) -> dict[str, Any]:
             metric = make()
             metric.update(make_landscape(rank, size, shard))
             values[name] = metric.compute().flatten().tolist(), metric.error.flatten().tolist()
+        land, other = (make_landscape(rank, size, shard) for _ in range(2))
+        for p in other.module.parameters():
+            p.data.mul_(1.5)
+        line = loss_surface(land, "between", other=other.module, num_points=5)
+        values["surface"] = line.losses.tolist(), [0.0] * 5
+        values["relative_flatness"] = [relative_flatness(land).value.item()], [0.0]
     return values
 
 
@@ -149,6 +156,30 @@ def others(out: Path) -> dict[str, Any]:
                 LossLandscape(module, make_batches() if rank else [], cross_entropy)
             except ValueError as error:
                 values[name] = str(error)
+    return values
+
+
+def sam(out: Path) -> dict[str, Any]:
+    """Steps of SAM on whole weights with all samples, and on sharded ones with this rank's half."""
+    values: dict[str, Any] = {}
+    with process_group() as (rank, _):
+        for geometry in ("euclidean", "layer", "filter", "element"):
+            for part in (slice(None), slice(rank, None, 2)):
+                module, (x, y) = TensorParallel(), make_batches()[0]
+                if part != slice(None):
+                    shard(module)
+                optimizer = SAM(torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9), 0.3, geometry, module)
+
+                def closure(module: Any = module, x: Tensor = x[part], y: Tensor = y[part]) -> Tensor:
+                    module.zero_grad()
+                    loss = cross_entropy(module, (x, y))
+                    loss.backward()
+                    return loss
+
+                for _ in range(3):
+                    optimizer.step(closure)
+                reached = [whole(p).detach().flatten().tolist() for p in module.parameters()]
+                values.setdefault(geometry, []).append(reached)
     return values
 
 
@@ -275,6 +306,13 @@ def monitor(out: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     command, out, *numbers = sys.argv[1:]
     torch.set_num_threads(1)
-    commands = {"landscape": landscape, "metrics": metrics, "no_trace": no_trace, "others": others, "monitor": monitor}
+    commands = {
+        "landscape": landscape,
+        "metrics": metrics,
+        "no_trace": no_trace,
+        "others": others,
+        "sam": sam,
+        "monitor": monitor,
+    }
     result = commands[command](Path(out), *map(int, numbers))
     (Path(out) / f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))

@@ -13,7 +13,8 @@ from registry import METRICS, make_landscape
 from sharded_worker import TensorParallel, make_batches
 from test_ranks import run_ranks
 
-from lightning_flatness import LossLandscape, TopEigenvalues
+from lightning_flatness import LossLandscape, TopEigenvalues, loss_surface
+from lightning_flatness.estimators import relative_flatness
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +96,19 @@ def test_all_metrics_of_a_sharded_module(tmp_path):
         value, error = first[name]
         assert value == pytest.approx(metric.compute().flatten().tolist(), rel=1e-6, nan_ok=True), name
         assert error == pytest.approx(metric.error.flatten().tolist(), rel=1e-3, abs=1e-9, nan_ok=True), name
+    landscape, other = make_landscape(), make_landscape()
+    for p in other.module.parameters():
+        p.data.mul_(1.5)
+    line = loss_surface(landscape, "between", other=other.module, num_points=5)
+    assert first["surface"][0] == pytest.approx(line.losses.tolist(), rel=1e-10)
+    assert first["relative_flatness"][0] == pytest.approx([relative_flatness(landscape).value.item()], rel=1e-8)
+
+
+def test_sam_takes_the_same_steps_on_sharded_weights(tmp_path):
+    for rank in run_sharded("sam", tmp_path):
+        for geometry, (alone, sharded) in rank.items():
+            for one, two in zip(alone, sharded, strict=True):
+                assert two == pytest.approx(one, rel=1e-10, abs=1e-12), geometry
 
 
 def test_no_trace_in_sharded_training(tmp_path):
