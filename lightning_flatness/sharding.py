@@ -67,6 +67,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def has_sharded_weights(module: nn.Module) -> bool:
+    """Return whether weights of a module are spread over ranks, be they gathered just now or not."""
+    return bool(_fsdp_modules(module)) or any(is_sharded(p) for p in module.parameters())
+
+
 def is_tensor_parallel(module: nn.Module) -> bool:
     """Return whether a module computes with slices of its weights, rather than gather them first as FSDP2 does."""
     sharded: list[Any] = [p for p in module.parameters() if is_sharded(p)]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from modules import Augmented, Busy, Classifier, loader, trainer
 from problems import PROBLEMS, cross_entropy, make_problem
 from registry import METRICS, make_landscape
@@ -24,7 +25,14 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPr
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_flatness import SAM, FlatnessMonitor, LossLandscape, TopEigenvalues, loss_surface
+from lightning_flatness import (
+    SAM,
+    FlatnessMonitor,
+    LossLandscape,
+    SharpnessAwareMinimization,
+    TopEigenvalues,
+    loss_surface,
+)
 from lightning_flatness.estimators import relative_flatness
 
 
@@ -268,7 +276,15 @@ class ShardedClassifier(Classifier):
         fully_shard(self, mesh=self.device_mesh["data_parallel"])
 
 
-def fit(out: Path, module_class: Any, *callbacks: Any, strategy: Any, devices: int = 2) -> dict[str, Any]:
+class TensorParallelClassifier(Classifier):
+    """Slices of both layers on each rank."""
+
+    def configure_model(self) -> None:
+        layers = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(self.net, self.device_mesh["tensor_parallel"], layers)
+
+
+def fit(out: Path, module_class: Any, *callbacks: Any, strategy: Any, **options: Any) -> dict[str, Any]:
     seed_everything(0, verbose=False)
     module = module_class()
     run = trainer(
@@ -276,8 +292,9 @@ def fit(out: Path, module_class: Any, *callbacks: Any, strategy: Any, devices: i
         *callbacks,
         logger=CSVLogger(out, name=module_class.__name__ + ("Watched" if callbacks else "")),
         strategy=strategy,
-        devices=devices,
+        devices=2,
         max_epochs=2,
+        **options,
     )
     run.fit(module, loader(Augmented(), batch_size=4), loader(Augmented(), batch_size=4, shuffle=False))
     logged = {k: float(v) for k, v in run.callback_metrics.items() if not k.endswith("seconds")}
@@ -303,6 +320,45 @@ def monitor(out: Path) -> dict[str, Any]:
     }
 
 
+def trained_with_sam(out: Path) -> dict[str, Any]:
+    """Fit with the callback on sharded weights and under DDP, and see what it refuses."""
+
+    def both(*callbacks: Any, **options: Any) -> list[Any]:
+        sharding = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        return [
+            fit(out, ShardedClassifier, *callbacks, strategy=sharding, **options),
+            fit(out, Classifier, *callbacks, strategy="ddp", **options),
+        ]
+
+    results = {
+        "plain": both(SharpnessAwareMinimization(0.3)),
+        "element": both(SharpnessAwareMinimization(0.5, "element"), accumulate_grad_batches=2, gradient_clip_val=0.2),
+        "zero": [
+            fit(
+                out,
+                ShardedBusy,
+                *callbacks,
+                strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+            )
+            for callbacks in ([], [SharpnessAwareMinimization(0.0)])
+        ],
+    }
+    for name, module_class, sizes in (
+        ("local", ShardedClassifier, (2, 1)),
+        ("tensor", TensorParallelClassifier, (1, 2)),
+    ):
+        try:
+            fit(
+                out,
+                module_class,
+                SharpnessAwareMinimization(sync_perturbation=name != "local"),
+                strategy=ModelParallelStrategy(*sizes),
+            )
+        except MisconfigurationException as error:
+            results[name] = str(error)
+    return results
+
+
 if __name__ == "__main__":
     command, out, *numbers = sys.argv[1:]
     torch.set_num_threads(1)
@@ -312,6 +368,7 @@ if __name__ == "__main__":
         "no_trace": no_trace,
         "others": others,
         "sam": sam,
+        "trained_with_sam": trained_with_sam,
         "monitor": monitor,
     }
     result = commands[command](Path(out), *map(int, numbers))

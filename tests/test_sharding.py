@@ -139,3 +139,19 @@ def test_monitor_measures_the_same_under_model_parallel_strategy_as_under_ddp(fi
         assert sharded.keys() == whole.keys()
         for key in ("lambda_max", "lambda_2", "invariant_sharpness"):
             assert sharded[f"flatness/{key}"] == pytest.approx(whole[f"flatness/{key}"], rel=1e-4)
+
+
+def test_sam_callback_on_sharded_weights(tmp_path):
+    for rank in run_sharded("trained_with_sam", tmp_path):
+        for name in ("plain", "element"):
+            sharded, whole = rank[name]
+            assert sharded["logged"] == pytest.approx(whole["logged"], rel=1e-4)
+            assert sharded["logged"]["sam/loss_rise"] > 1e-3
+            for key, values in whole["weights"].items():
+                torch.testing.assert_close(
+                    torch.tensor(sharded["weights"][key]), torch.tensor(values), rtol=1e-4, atol=1e-6
+                )
+        without, zero = rank["zero"]
+        assert without == zero
+        assert re.search(r"whole gradients for `sync_perturbation=False`.*HINT: Use", rank["local"])
+        assert re.search(r"sharded by FSDP2 alone, got a module with tensor parallelism.*HINT: Use", rank["tensor"])

@@ -27,11 +27,11 @@ from lightning_flatness.batches import copy_batch
 from lightning_flatness.geometry import Geometry
 from lightning_flatness.isolation import ReplayedPass
 from lightning_flatness.sam import SAM, check_rho, linear_geometry, optimized_parameters, perturbed
+from lightning_flatness.sharding import has_sharded_weights, is_tensor_parallel
 
 _UNSUPPORTED_STRATEGIES = (
     "FSDPStrategy",
     "DeepSpeedStrategy",
-    "ModelParallelStrategy",
     "XLAStrategy",
     "SingleDeviceXLAStrategy",
 )
@@ -135,7 +135,8 @@ class SharpnessAwareMinimization(Callback):
         if not names.isdisjoint(_UNSUPPORTED_STRATEGIES):
             raise MisconfigurationException(
                 "SharpnessAwareMinimization needs the whole weights and gradients on every device, got the strategy "
-                f"{type(trainer.strategy).__name__}. HINT: Use strategy='auto' or 'ddp'."
+                f"{type(trainer.strategy).__name__}. HINT: Use strategy='auto' or 'ddp', or "
+                "ModelParallelStrategy with torch.distributed.fsdp.fully_shard."
             )
         self._forget()
         self._totals = self._pending = None
@@ -144,7 +145,18 @@ class SharpnessAwareMinimization(Callback):
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse optimizers that evaluate the closure themselves; they exist only now."""
+        """Refuse sharded weights that it cannot perturb, and optimizers that evaluate the closure themselves."""
+        if has_sharded_weights(pl_module):
+            if is_tensor_parallel(pl_module):
+                raise MisconfigurationException(
+                    "SharpnessAwareMinimization needs gradients that are whole or sharded by FSDP2 alone, got a module "
+                    "with tensor parallelism. HINT: Use fully_shard with tensor_parallel_size=1, or DDP."
+                )
+            if not self.sync_perturbation:
+                raise MisconfigurationException(
+                    "SharpnessAwareMinimization needs whole gradients for `sync_perturbation=False`, got weights "
+                    "sharded by FSDP2, of which each rank has a part. HINT: Use sync_perturbation=True."
+                )
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, LBFGS | SAM):
                 raise MisconfigurationException(
