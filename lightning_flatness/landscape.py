@@ -37,7 +37,9 @@ class LossLandscape:
     The weights are the trainable parameters, each once (tied parameters are one tensor), as one flat vector in
     the order of ``module.parameters()``. Batches are weighted by their number of samples. When a process group
     is initialised, the batches of each rank are its share of the samples, and the mean runs over all ranks with
-    one all-reduce per evaluation; so all ranks have to make the same calls.
+    one all-reduce per evaluation; so all ranks have to make the same calls. Weights that ``fully_shard`` (FSDP2) or
+    tensor parallelism have spread over the ranks are put together on every rank for a measurement, in the precision
+    in which they are stored, and let go afterwards: besides its vectors it then holds the weights in full.
 
     The module is evaluated in isolation: modes, buffers, ``.grad``, random number generators, torchmetrics,
     plain attributes and loggers are as before afterwards, also when an evaluation raises. The same batch sees the
@@ -70,7 +72,8 @@ class LossLandscape:
         cost: What has been evaluated so far.
 
     Raises:
-        ValueError: If there are no samples, no trainable parameters, or an option is not one of those named.
+        ValueError: If there are no samples, no trainable parameters, or an option is not one of those named; or if the
+            weights are spread over ranks in another way (FSDP1, DeepSpeed, pipelines).
         TypeError: If there is neither a ``loss_fn`` nor a ``training_step``.
 
     Example:

@@ -277,7 +277,10 @@ class ShardedClassifier(Classifier):
 
 
 class TensorParallelClassifier(Classifier):
-    """Slices of both layers on each rank."""
+    """Slices of both layers on each rank; hardly trained, for its ranks are to see the same batches."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=1e-12)
 
     def configure_model(self) -> None:
         layers = {"0": ColwiseParallel(), "2": RowwiseParallel()}
@@ -317,6 +320,7 @@ def monitor(out: Path) -> dict[str, Any]:
         "without": fit(out, ShardedBusy, strategy=sharding()),
         "sharded": fit(out, ShardedClassifier, watch(), strategy=sharding()),
         "whole": fit(out, Classifier, watch(), strategy="ddp"),
+        "tensor_parallel": fit(out, TensorParallelClassifier, watch(), strategy=ModelParallelStrategy(1, 2)),
     }
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import seed_everything
+from modules import Augmented, Classifier, loader, trainer
 from problems import PROBLEMS, cross_entropy, make_problem
 from registry import METRICS, make_landscape
 from sharded_worker import TensorParallel, make_batches
 from test_ranks import run_ranks
 
-from lightning_flatness import LossLandscape, TopEigenvalues, loss_surface
+from lightning_flatness import FlatnessMonitor, LossLandscape, TopEigenvalues, loss_surface
 from lightning_flatness.estimators import relative_flatness
 
 pytestmark = pytest.mark.slow
@@ -139,6 +141,16 @@ def test_monitor_measures_the_same_under_model_parallel_strategy_as_under_ddp(fi
         assert sharded.keys() == whole.keys()
         for key in ("lambda_max", "lambda_2", "invariant_sharpness"):
             assert sharded[f"flatness/{key}"] == pytest.approx(whole[f"flatness/{key}"], rel=1e-4)
+
+
+def test_monitor_measures_a_tensor_parallel_module(fits, tmp_path):
+    seed_everything(0, verbose=False)
+    run = trainer(tmp_path, FlatnessMonitor(top_k=2, probe_size=17, tol=1e-6), max_epochs=1)
+    run.fit(Classifier(lr=1e-12), loader(Augmented(), batch_size=4))
+    for fit in fits:
+        for key in ("lambda_max", "lambda_2", "invariant_sharpness"):
+            alone = float(run.callback_metrics[f"flatness/{key}"])
+            assert fit["tensor_parallel"]["logged"][f"flatness/{key}"] == pytest.approx(alone, rel=1e-4)
 
 
 def test_sam_callback_on_sharded_weights(tmp_path):

@@ -68,12 +68,12 @@ class SharpnessAwareMinimization(Callback):
         start_epoch: First epoch with sharpness-aware steps, counted from 0.
         sync_perturbation: With several ranks, perturb with the mean gradient of all ranks, as one process with the
             whole batch would. False: each rank perturbs with the gradient of its own samples (m-sharpness), which
-            saves one all-reduce per microbatch.
+            saves one all-reduce per microbatch; not with sharded weights.
 
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: In ``fit``, before the first step: manual optimization, a ``training_step`` that
-            takes ``dataloader_iter``, LBFGS, or a strategy that shards the weights.
+            takes ``dataloader_iter``, LBFGS, or a strategy that shards the weights in another way than FSDP2.
 
     Example:
         >>> from lightning import Trainer
