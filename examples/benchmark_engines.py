@@ -139,7 +139,8 @@ def measure(name: str, num_batches: int, num_rounds: int) -> tuple[list[str], li
     torch.manual_seed(0)
     module, size = make().eval(), num_samples // num_batches
     batches = [(inputs(size), torch.randint(10, (size,))) for _ in range(num_batches)]
-    landscapes = {engine: LossLandscape(module, batches, loss_fn, engine=engine) for engine in ENGINES}
+    engines = [engine for engine in ENGINES if engine != "linearized" or num_batches == 1]  # it traces every batch
+    landscapes = {engine: LossLandscape(module, batches, loss_fn, engine=engine) for engine in engines}
     v = torch.randn(landscapes["kept"].num_parameters)
     with ExitStack() as stack:
         setups = {}
@@ -158,11 +159,14 @@ def measure(name: str, num_batches: int, num_rounds: int) -> tuple[list[str], li
     ratios = {e: statistics.median(t / g for t, g in zip(times[e], times["gradient"], strict=True)) for e in products}
     ratios["batched"] /= NUM_DIRECTIONS
     workload = [name, f"{v.numel():,}", f"{num_batches} x {size}"]
-    cells = [f"{ratios[e]:.2f}" + (f" ({setups[e] / gradient:.0f})" if e == "linearized" else "") for e in ENGINES]
+    cells = [f"{ratios[e]:.2f}" if e in ratios else "–" for e in ENGINES]
+    if "linearized" in setups:
+        cells[ENGINES.index("linearized")] += f" ({setups['linearized'] / gradient:.0f})"
     row = [*workload, f"{1000 * gradient:.0f}", *cells, f"{ratios['batched']:.2f}"]
     weights = sum(p.nbytes for p in module.parameters())
-    peaks = [peak(module, batches, engine) for engine in ENGINES]
-    return row, [*workload, f"{weights / 2**20:.1f}", *(f"{p / 2**20:.0f}" for p in peaks)]
+    peaks = [f"{peak(module, batches, e) / 2**20:.0f}" if e in ratios else "–" for e in ENGINES]
+    print(" | ".join(row), "   MiB:", " ".join(peaks), flush=True)
+    return row, [*workload, f"{weights / 2**20:.1f}", *peaks]
 
 
 def report(rows: list[tuple[list[str], list[str]]], num_rounds: int) -> str:

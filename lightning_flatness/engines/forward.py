@@ -1,8 +1,9 @@
 """Forward mode over reverse mode: ``H v`` as the derivative of the gradient along ``v``.
 
-Neither engine is chosen by itself: no workload of ``examples/benchmark_engines.py`` has one of them ahead of the graph
-kept or rebuilt by autograd. And forward mode can be wrong without an error (``torch.func.jvp`` through BatchNorm in
-training mode, torch 2.13), so the first product of every measurement is compared with autograd's.
+Neither engine is chosen by itself. In ``examples/benchmark_engines.py`` dual numbers cost no less than rebuilding the
+graph, and what a linearised product saves over a kept graph is far less than its set-up. And forward mode can be wrong
+without an error (``torch.func.jvp`` through BatchNorm in training mode, torch 2.13), so the first product of every
+measurement is compared with autograd's.
 """
 
 from __future__ import annotations

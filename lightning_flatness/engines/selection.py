@@ -1,8 +1,9 @@
 """Which engine makes the products: the one that was asked for, unless it cannot, or its products are wrong.
 
 ``"auto"`` never times anything: engines round differently, and a choice by the clock would make two identical runs
-differ. Autograd is the fastest or as fast as any wherever it was measured (``examples/benchmark_engines.py``), with the
-graph kept as long as there is memory for it.
+differ. Autograd's products were the fastest, or nearly so, wherever they were measured
+(``examples/benchmark_engines.py``), with the graph kept as long as there is memory for it; what linearising saves per
+product does not pay for its set-up.
 """
 
 from __future__ import annotations
