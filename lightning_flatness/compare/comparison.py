@@ -53,10 +53,17 @@ class Cell:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
+    def excessive_residuals(self) -> list[float]:
+        """Those residuals, over their values, that are above :data:`TOLERANCE`."""
+        relative = [reading.relative_residual for reading in self.readings]
+        return [error for error in relative if error is not None and error > TOLERANCE * (1 + 1e-5)]  # float32
+
+    @property
     def converged(self) -> bool | None:
         """Whether no residual is above :data:`TOLERANCE` of its value; None if there are no residuals."""
-        known = [c for reading in self.readings if (c := reading.converged(TOLERANCE)) is not None]
-        return all(known) if known else None
+        if all(reading.relative_residual is None for reading in self.readings):
+            return None
+        return not self.excessive_residuals
 
 
 @dataclass(frozen=True)
@@ -211,18 +218,16 @@ def _order(setting: Setting, moment: str, by: Sequence[str]) -> tuple[float, lis
 
 
 def _remarks(settings: Sequence[Setting], tags: Sequence[str]) -> list[str]:
-    """Say what has not converged, is not a number, or leaves nothing to compare."""
+    """Say what has not converged, and what is not a number or not logged at a moment."""
     remarks = []
     for setting in settings:
         for (moment, tag), cell in setting.cells.items():
-            for run, reading in zip(setting.runs, cell.readings, strict=True):
-                if tag in tags and reading.converged(TOLERANCE) is False:
-                    assert reading.value is not None
-                    assert reading.residual is not None
-                    remarks.append(
-                        f"* {run.name}: {tag} at {moment} is {reading.value:.4g} with a residual of "
-                        f"{reading.residual:.2g}, above {TOLERANCE:.0%} of it: not converged."
-                    )
-                if tag in tags and reading.value is None and reading.step is not None:
-                    remarks.append(f"{run.name}: {tag} at {moment} is not finite or not logged there; left out.")
+            what, number = f"{setting.name}: {tag} at {moment}", len(cell.readings)
+            if tag not in tags:
+                continue
+            if errors := cell.excessive_residuals:
+                worst = f"residual up to {max(errors):.0%} of it"
+                remarks.append(f"* {what} has not converged in {len(errors)} of {number} runs: {worst}.")
+            if lost := sum(reading.value is None and reading.step is not None for reading in cell.readings):
+                remarks.append(f"{what} is not finite, or not logged there, in {lost} of {number} runs; left out.")
     return remarks

@@ -31,11 +31,12 @@ class Reading:
     step: float | None = None
     residual: float | None = None
 
-    def converged(self, tol: float) -> bool | None:
-        """Whether the residual is at most ``tol`` of the value; None where nothing is known about it."""
+    @property
+    def relative_residual(self) -> float | None:
+        """The residual over the size of the value; None where nothing is known about it."""
         if self.value is None or self.residual is None:
             return None
-        return self.residual <= tol * abs(self.value) * (1 + 1e-5)  # event files hold float32
+        return self.residual / abs(self.value) if self.value else math.inf if self.residual else 0.0
 
 
 def higher_is_better(tag: str) -> bool:

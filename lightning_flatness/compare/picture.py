@@ -21,7 +21,7 @@ _RANGE_FOR_LOG_SCALE = 10.0
 
 
 def draw(comparison: Comparison) -> Figure:
-    """Draw every curve that is compared over the steps: the mean over the runs of each setting, in a band of their range.
+    """Draw every curve that is compared over the steps: per setting the mean over its runs, in a band of their range.
 
     Args:
         comparison: What to draw.

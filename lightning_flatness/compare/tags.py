@@ -102,8 +102,9 @@ def chosen_metrics(runs: Sequence[Run], patterns: Sequence[str]) -> tuple[list[s
     chosen: dict[str, None] = {}
     problems = []
     for pattern in patterns:
-        fitting = [tag for tag in known if pattern in (tag, tag.removeprefix(FLATNESS_PREFIX))]
-        fitting = fitting or [tag for tag in known if fnmatchcase(tag, pattern)]
+        names = {tag: (tag, tag.removeprefix(FLATNESS_PREFIX)) for tag in known}
+        fitting = [tag for tag in known if pattern in names[tag]]
+        fitting = fitting or [tag for tag in known if any(fnmatchcase(name, pattern) for name in names[tag])]
         if not fitting:
             problems.append(_unknown("metric", pattern, runs))
         chosen |= dict.fromkeys(fitting)
