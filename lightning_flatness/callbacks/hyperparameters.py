@@ -49,7 +49,7 @@ def log_hyperparameters(trainer: Trainer, metrics: Sequence[str], *, training_ha
         if writer is None or has_placeholder == training_has_started:
             continue
         names = [*metrics, *_monitored(trainer)]
-        names += [_PLACEHOLDER] if has_placeholder else sorted(trainer.callback_metrics)
+        names += [_PLACEHOLDER] if has_placeholder else _logged(trainer, metrics)
         prefix = getattr(logger, "_prefix", "")
         columns = {f"{prefix}-{name}" if prefix else name: 0.0 for name in names if name != "epoch"}
         describe: Any = hparams  # has no types
@@ -160,6 +160,12 @@ def _samples_per_step(trainer: Trainer) -> int | None:
     sizes += [owner.hparams.get("batch_size") for owner in _owners(trainer)]
     size = next((size for size in sizes if isinstance(size, int)), None)
     return None if size is None else size * trainer.accumulate_grad_batches * trainer.world_size
+
+
+def _logged(trainer: Trainer, metrics: Sequence[str]) -> list[str]:
+    """Return what the module has logged, without the errors and costs that come with the metrics."""
+    folders = tuple({name.rpartition("/")[0] + "/" for name in metrics} - {"/"})
+    return sorted(name for name in trainer.callback_metrics if not name.startswith((*folders, "sam/")))
 
 
 def _monitored(trainer: Trainer) -> list[str]:

@@ -15,8 +15,8 @@ from lightning_flatness.compare.reading import Run, Value
 
 _SEPARATORS = r"_\-. ,"
 _REPETITION = re.compile(
-    rf"(?:^|(?<=[{_SEPARATORS}]))(?:(?:\w+[_\-])?seed|version|run|rep|repeat|repetition|replicate|trial|fold)"
-    rf"[_=\-. ]?\d+(?=$|[{_SEPARATORS}])",
+    rf"(?:^|(?<=[{_SEPARATORS}]))(?:(?:(?:data|model|init|random|global|train|torch)[_\-]?)?seed"
+    rf"|version|run|rep|repeat|repetition|replicate|trial|fold)[_=\-. ]?\d+(?=$|[{_SEPARATORS}])",
     re.IGNORECASE,
 )
 _TIMES = re.compile(
