@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningCLI
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the examples share their data and their network
 
-from digits import ConvNet, DigitsDataModule  # noqa: E402
+from digits import ConvNet, DigitsDataModule
 
 
 def main() -> None:
