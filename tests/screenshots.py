@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,28 +15,29 @@ OPTIONS = (
 )
 
 
-def screenshot(
-    browser: str, url: str, path: Path, *, size: tuple[int, int] = (1600, 1200), seconds: int = 25, timeout: int = 180
-) -> Path:
-    """Save what a page looks like some seconds of its own time after it was opened; end the browser in any case."""
+def browse(browser: str, url: str, *options: str, seconds: int = 25, timeout: int = 240) -> str:
+    """Open a page, wait some seconds of its own time, and end the browser in any case; return what it printed."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [browser, *OPTIONS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}"]
-        command += [f"--virtual-time-budget={1000 * seconds}", f"--screenshot={path}", url]
+        command = [browser, *OPTIONS, f"--user-data-dir={profile}", f"--virtual-time-budget={1000 * seconds}"]
         process = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            [*command, *options, url],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, "no_proxy": "*"},
+            env=os.environ | {"no_proxy": "*"},
         )
         try:
-            _, messages = process.communicate(timeout=timeout)
+            output, _ = process.communicate(timeout=timeout)
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
+    return output.decode()
+
+
+def screenshot(browser: str, url: str, path: Path, *, size: tuple[int, int] = (1600, 1200)) -> Path:
+    """Save what a page looks like."""
+    browse(browser, url, f"--window-size={size[0]},{size[1]}", f"--screenshot={path}")
     if not path.exists():
-        raise RuntimeError(f"The browser made no picture of {url}:\n{messages.decode()[-2000:]}")
+        raise RuntimeError(f"The browser made no picture of {url}.")
     return path

@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 
 import pytest
 from matplotlib import image
-from screenshots import screenshot
+from screenshots import browse, screenshot
 from tensorboard_server import Server, tensorboard
 
 import lightning_flatness
@@ -71,10 +71,10 @@ def test_both_settings_are_compared_by_one_command(folder):
 
 def test_the_commands_in_the_readme_are_those_of_the_example():
     readme = (ROOT / "README.md").read_text()
-    for command in re.findall(
-        r"^    (python main.py .*|lightning-flatness compare .*)$", (EXAMPLE / "main.py").read_text(), re.M
-    ):
-        assert command in readme, command
+    commands = re.findall(r"^    (python main.py .*|lightning-flatness .*)$", (EXAMPLE / "main.py").read_text(), re.M)
+    assert len(commands) == 3
+    for command in commands:
+        assert command in readme
 
 
 def test_scalars_are_served_with_their_values(folder, server):
@@ -83,19 +83,17 @@ def test_scalars_are_served_with_their_values(folder, server):
     for run in runs:
         for tag in CURVES:
             points = server.get("data/plugin/scalars/scalars", run=run.name, tag=tag)
-            assert [(step, value) for _, step, value in points] == [
-                (step, pytest.approx(value))
-                for step, value in zip(*map(list, vars(run.curves[tag]).values()), strict=True)
-            ]
+            assert [step for _, step, _ in points] == run.curves[tag].steps.tolist()
+            assert [value for _, _, value in points] == pytest.approx(run.curves[tag].values.tolist())
     assert len(runs[0].curves["flatness/lambda_max"]) == 2
 
 
 def test_custom_scalars_are_served_with_the_layout(server):
     layout = server.wait_for(lambda: server.get("data/plugin/custom_scalars/layout"))
     charts = {c["title"]: c["multiline"]["tag"] for category in layout["category"] for c in category["chart"]}
-    assert charts["edge of stability: lambda_max"] == ["flatness/lambda_max", "flatness/stability_edge"]
-    assert charts["lambda_max … lambda_5"][1:] == [f"flatness/lambda_{i}" for i in range(2, 6)]
-    query = urlencode({"run": "sgd/version_0", "tag": "flatness/stability_edge"})
+    assert charts["edge of stability: lambda_max"] == ["flatness/lambda_max$", "flatness/stability_edge$"]
+    assert charts["lambda_max … lambda_5"][1:] == [f"flatness/lambda_{i}$" for i in range(2, 6)]
+    query = urlencode({"run": "sgd/version_0", "tag": "flatness/stability_edge$"})
     served = json.loads(server.read(f"data/plugin/custom_scalars/scalars?{query}"))
     assert served["regex_valid"]
     (points,) = served["tag_to_events"].values()
@@ -146,12 +144,28 @@ def session_groups(server: Server, order: str) -> Any:
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="there is no chromium on this machine (Debian: apt-get install chromium)")
-@pytest.mark.parametrize("page", ["timeseries", "custom_scalars", "hparams"])
-def test_a_browser_shows_the_pages(server, tmp_path, page):
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="there is no chromium on this machine (Debian: apt-get install chromium)"
+)
+PAGES = {
+    "custom_scalars": [(255, 112, 67), (0, 119, 187)],  # the curves of either run
+    "hparams": [(63, 81, 181)],  # check marks at hyperparameters and metrics
+}
+
+
+@needs_browser
+@pytest.mark.parametrize("page", list(PAGES))
+def test_a_browser_shows_what_is_served(server, tmp_path, page):
     picture = screenshot(BROWSER, f"{server.url}/#{page}", tmp_path / "page.png")
-    pixels = (255 * image.imread(picture)[..., :3]).round().astype(int).reshape(-1, 3)
-    orange = (abs(pixels - [255, 112, 67]) < 12).all(1).mean()
-    assert 0.005 < orange < 0.2, "TensorBoard's orange bar"
-    colors = {tuple(color) for color in pixels[::7]}
-    assert len(colors) > 60, "an empty page has the bar and a few greys"
+    pixels = (255 * image.imread(picture)[..., :3]).round().astype(int)
+    bar = (245, 124, 0)
+    for color in (bar, *PAGES[page]):
+        shown = (abs(pixels - color) <= 8).all(-1).sum()
+        assert shown > (50_000 if color == bar else 300), f"{color}: {shown} pixels"
+
+
+@needs_browser
+def test_a_browser_lists_the_runs_and_the_curves(server):
+    text = browse(BROWSER, f"{server.url}/#timeseries", "--dump-dom")
+    for name in ("sgd/version_0", "sam/version_0", "flatness/edge_of_stability"):
+        assert name in text

@@ -6,6 +6,7 @@ pyplot, which has state of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,9 +31,11 @@ def custom_scalars_layout(charts: Mapping[str, Sequence[str]], title: str = "fla
 
     Example:
         >>> custom_scalars_layout({"edge": ["flatness/lambda_max", "flatness/stability_edge"]})
-        {'flatness': {'edge': ['Multiline', ['flatness/lambda_max', 'flatness/stability_edge']]}}
+        {'flatness': {'edge': ['Multiline', ['flatness/lambda_max$', 'flatness/stability_edge$']]}}
     """
-    return {title: {name: ["Multiline", list(keys)] for name, keys in charts.items() if keys}}
+    # TensorBoard takes them for patterns that a curve's name begins with, and would draw the residuals, too.
+    patterns = {name: [f"{re.escape(key)}$" for key in keys] for name, keys in charts.items() if keys}
+    return {title: {name: ["Multiline", tags] for name, tags in patterns.items()}}
 
 
 def log_layout(trainer: Trainer, layout: Layout) -> None:
