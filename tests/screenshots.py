@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
@@ -15,7 +16,7 @@ OPTIONS = (
 )
 
 
-def browse(browser: str, url: str, *options: str, seconds: int = 25, timeout: int = 240) -> str:
+def browse(browser: str, url: str, *options: str, seconds: int = 60, timeout: int = 240) -> str:
     """Open a page, wait some seconds of its own time, and end the browser in any case; return what it printed."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [browser, *OPTIONS, f"--user-data-dir={profile}", f"--virtual-time-budget={1000 * seconds}"]
@@ -41,3 +42,23 @@ def screenshot(browser: str, url: str, path: Path, *, size: tuple[int, int] = (1
     if not path.exists():
         raise RuntimeError(f"The browser made no picture of {url}.")
     return path
+
+
+def main() -> None:
+    """Take a picture of a page of TensorBoard on logs: ``python tests/screenshots.py logs '#hparams' hparams.png``."""
+    from tensorboard_server import tensorboard
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("logs", type=Path)
+    parser.add_argument("page", help="what follows the address, e.g. '#custom_scalars'")
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--size", type=int, nargs=2, default=[1600, 1200], metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--browser", default="chromium")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, tensorboard(args.logs, Path(folder, "log")) as server:
+        server.wait_for(lambda: server.get("data/plugin/scalars/tags"))
+        screenshot(args.browser, f"{server.url}/{args.page}", args.picture.resolve(), size=tuple(args.size))
+
+
+if __name__ == "__main__":
+    main()

@@ -128,12 +128,13 @@ def test_sorted_by_a_curve_that_is_not_shown(tmp_path, capsys):
 
 
 def test_equal_loss_is_interpolated_in_the_logarithm_between_logged_points(tmp_path):
-    curves = {"train_loss": {10: 1.0, 20: 0.25}, LAMBDA: {0: 0.0, 10: 4.0, 20: 8.0}}
+    curves = {"train_loss": {10: 1.0, 20: 0.25}, LAMBDA: {0: 0.0, 10: 4.0, 20: 16.0}, "val_r2": {10: -1.0, 20: 2.0}}
     write(tmp_path / "a", curves)
     comparison = compare_runs([tmp_path], at=["loss=0.5", "loss=0.25", "loss=3"])
-    assert values(comparison, "a", "loss=0.5", LAMBDA) == pytest.approx([6.0])  # half way from 1 to 1/4
-    assert values(comparison, "a", "loss=0.5", "train_loss") == pytest.approx([0.625])
-    assert values(comparison, "a", "loss=0.25", LAMBDA) == [8.0]
+    assert values(comparison, "a", "loss=0.5", LAMBDA) == pytest.approx([8.0])  # half way from 1 to 1/4
+    assert values(comparison, "a", "loss=0.5", "train_loss") == pytest.approx([0.5])
+    assert values(comparison, "a", "loss=0.5", "val_r2") == pytest.approx([0.5])  # no logarithm of what is negative
+    assert values(comparison, "a", "loss=0.25", LAMBDA) == [16.0]
     assert values(comparison, "a", "loss=3", LAMBDA) == [4.0]  # the first point is below already
 
 
@@ -209,7 +210,7 @@ def test_values_that_have_not_converged_are_marked(tmp_path, capsys):
     code, out, _ = run(capsys, tmp_path, "--at", "last", "--out", tmp_path / "out")
     assert code == 0
     assert "8.000 ± 0.000*" in out
-    assert "lambda_max at last has not converged in 1 of 2 runs: residual up to 25% of it." in out
+    assert "lambda_max at last has not converged in 1 of 2 runs: residual up to 25.0% of it." in out
     document = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert document["settings"][0]["values"]["last"][LAMBDA]["converged"] is False
 

@@ -122,8 +122,8 @@ def compare_runs(
             Default: ``flatness/*`` without errors and costs, the training loss, and all curves of validation and test.
         at: Moments: ``"last"``: the last point. ``"best"``: the best point of each curve, that is the highest of
             accuracies and the like, else the lowest; of ``flatness/*`` not the one before training. ``"loss=0.01"``:
-            where the training loss first is that low, interpolated between logged points. Runs that never are count
-            in no number of that moment; a curve that does not go as far has none.
+            where the training loss first is that low, interpolated between logged points, in the logarithm of what is
+            positive. Runs that never are count in no number of that moment; a curve that does not go as far has none.
         group_by: ``"auto"``, ``"path"``, ``"hparams"``, ``"run"``, or names of hyperparameters with commas between
             them; see :func:`lightning_flatness.compare.grouping.group_runs`.
         loss_tag: Which curve is the training loss. Default: the first of ``train_loss_epoch``, ``train_loss``,
@@ -226,7 +226,7 @@ def _remarks(settings: Sequence[Setting], tags: Sequence[str]) -> list[str]:
             if tag not in tags:
                 continue
             if errors := cell.excessive_residuals:
-                worst = f"residual up to {max(errors):.0%} of it"
+                worst = f"residual up to {max(errors):.1%} of it"
                 remarks.append(f"* {what} has not converged in {len(errors)} of {number} runs: {worst}.")
             if lost := sum(reading.value is None and reading.step is not None for reading in cell.readings):
                 remarks.append(f"{what} is not finite, or not logged there, in {lost} of {number} runs; left out.")

@@ -87,7 +87,7 @@ def read_at(run: Run, tag: str, moment: str, step: float | None = None) -> Readi
         tag: The curve.
         moment: ``"last"``: the last point. ``"best"``: the point with the best value of this curve, see
             :func:`higher_is_better`; of ``flatness/`` curves not the point before training. Otherwise: at ``step``.
-        step: Where, between two points interpolated linearly.
+        step: Where; between two points interpolated, in the logarithm if both are positive.
 
     Returns:
         The value with its residual.
@@ -123,9 +123,9 @@ def step_of_loss(curve: Curve, loss: float) -> float | None:
         loss: Which.
 
     Returns:
-        Between the last point above it and the first at or below it, interpolated linearly in the logarithm of the
-        loss (in the loss itself where that is not positive); the first point if that is below already; None if the
-        loss is never reached.
+        Between the last point above it and the first at or below it, interpolated in the logarithm of the loss (in the
+        loss itself where that is not positive); the first point if that is below already; None if the loss is never
+        reached.
     """
     reached = np.flatnonzero(curve.values <= loss + 1e-6 * abs(loss))  # event files hold float32
     if not len(reached):
@@ -147,5 +147,14 @@ def _interpolated(curve: Curve | None, step: float) -> float | None:
     """Return the value between the points around a step; None outside the points and where they are not finite."""
     if curve is None or not curve.steps[0] <= step <= curve.steps[-1]:
         return None
-    value = float(np.interp(step, curve.steps, curve.values))
+    after = int(np.searchsorted(curve.steps, step))
+    high = float(curve.values[after])
+    if curve.steps[after] == step:
+        return high if math.isfinite(high) else None
+    low = float(curve.values[after - 1])
+    share = float((step - curve.steps[after - 1]) / (curve.steps[after] - curve.steps[after - 1]))
+    if low > 0 and high > 0:
+        value = math.exp((1 - share) * math.log(low) + share * math.log(high))
+    else:
+        value = (1 - share) * low + share * high
     return value if math.isfinite(value) else None

@@ -16,7 +16,6 @@ from lightning_flatness.compare.comparison import Comparison, Setting
 from lightning_flatness.compare.reading import Curve
 from lightning_flatness.compare.tags import FLATNESS_PREFIX
 
-_COLUMNS = 3
 _RANGE_FOR_LOG_SCALE = 10.0
 
 
@@ -30,7 +29,8 @@ def draw(comparison: Comparison) -> Figure:
         A figure without pyplot; a panel per curve, with a logarithmic scale where values differ by more than ten times.
     """
     metrics = comparison.metrics
-    columns, rows = min(_COLUMNS, len(metrics)), math.ceil(len(metrics) / _COLUMNS)
+    columns = 2 if len(metrics) == 4 else min(3, len(metrics))
+    rows = math.ceil(len(metrics) / columns)
     figure = Figure(figsize=(1.2 + 4 * columns, 0.8 + 3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     grid: Any = figure.subplots(rows, columns, squeeze=False)
