@@ -152,15 +152,15 @@ def test_hyperparameters_of_every_kind(tmp_path):
     }
     run = fit(tmp_path, Saved(**options), FlatnessMonitor())
     saved = saved_hyperparameters(run)
-    assert {name: saved[f"options/{name}"] for name in ("flag", "none", "tensor", "number")} == {
+    assert {name: saved[name] for name in ("flag", "none", "tensor", "number")} == {
         "flag": True,
         "none": "None",
         "tensor": 3.0,
         "number": 0.5,
     }
-    assert (saved["options/nested/depth"], saved["options/nested/space/x"]) == (2, 1.5)
-    assert "ReLU" in saved["options/layer"]
-    assert written(tmp_path)[0]["options/nested/space/x"] == 1.5
+    assert (saved["nested/depth"], saved["options/nested/space/x"]) == (2, 1.5)
+    assert "ReLU" in saved["layer"]
+    assert written(tmp_path)[0]["nested/space/x"] == 1.5
 
 
 def test_datamodule_and_monitored_curves(tmp_path):

@@ -53,7 +53,10 @@ class FlatnessMonitor(LandscapeMonitor):
     Other metrics log their values under their names, with ``_residual`` or ``_standard_error`` behind it. TensorBoard
     gets a picture ``flatness/spectral_density`` of every :class:`SpectralDensity`, whose curves are
     ``flatness/spectral_density_negative_share``, ``…_mean`` and ``…_mean_square``, and on its page "Custom Scalars" the
-    eigenvalues in one chart and lambda_max with its stability edge in another.
+    eigenvalues in one chart and lambda_max with its stability edge in another. Its page "HParams" has one column per
+    metric, beside the hyperparameters that module and datamodule saved and, unless they have them, ``optimizer``,
+    ``lr``, ``momentum``, ``weight_decay``, ``batch_size`` (samples per optimizer step) and ``sam_rho``. With
+    ``TensorBoardLogger(default_hp_metric=False)`` all that the module logs is a column, too.
 
     With the monitor, training gives the same weights, optimizer state, buffers, random numbers and logged values,
     bit for bit, as without it.
