@@ -167,5 +167,5 @@ def test_a_browser_shows_what_is_served(server, tmp_path, page):
 @needs_browser
 def test_a_browser_lists_the_runs_and_the_curves(server):
     text = browse(BROWSER, f"{server.url}/#timeseries", "--dump-dom")
-    for name in ("sgd/version_0", "sam/version_0", "flatness/edge_of_stability"):
+    for name in ("sgd/version_0", "sam/version_0", "flatness", "test_accuracy"):
         assert name in text

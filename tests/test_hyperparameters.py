@@ -158,7 +158,7 @@ def test_hyperparameters_of_every_kind(tmp_path):
         "tensor": 3.0,
         "number": 0.5,
     }
-    assert (saved["nested/depth"], saved["options/nested/space/x"]) == (2, 1.5)
+    assert (saved["nested/depth"], saved["nested/space/x"]) == (2, 1.5)
     assert "ReLU" in saved["layer"]
     assert written(tmp_path)[0]["nested/space/x"] == 1.5
 

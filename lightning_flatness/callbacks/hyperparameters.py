@@ -9,6 +9,7 @@ first.
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -111,13 +112,10 @@ def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
         value = vars(value) if isinstance(value, Namespace) else value
         if isinstance(value, Mapping):
             yield from _flattened(value, f"{prefix}{name}/")
-        elif isinstance(value, Tensor | np.ndarray | np.generic):
-            yield f"{prefix}{name}", value.item() if value.size == 1 else str(value)
         else:
-            yield (
-                f"{prefix}{name}",
-                value if isinstance(value, bool | int | float | str) or value is None else str(value),
-            )
+            if isinstance(value, Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1:
+                value = value.item()
+            yield f"{prefix}{name}", value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def _others(trainer: Trainer) -> dict[str, Any]:
