@@ -41,16 +41,18 @@ def log_hyperparameters(trainer: Trainer, metrics: Sequence[str], *, training_ha
         metrics: Names of the curves.
         training_has_started: False in ``on_fit_start``, True when the first epoch ends.
     """
-    if not trainer.is_global_zero or not getattr(trainer, "enable_autolog_hparams", True):
+    loggers = tensorboard_loggers(trainer)
+    if not loggers or not getattr(trainer, "enable_autolog_hparams", True):
         return
+    # On all ranks: the first to read what is logged reduces it over them.
+    others = _logged(trainer, metrics) if training_has_started else [_PLACEHOLDER]
     logs_hyperparameters = any(_logs_hyperparameters(owner) for owner in _owners(trainer))
-    for logger in tensorboard_loggers(trainer):
+    for logger in loggers if trainer.is_global_zero else []:
         has_placeholder = logs_hyperparameters and getattr(logger, "_default_hp_metric", True)
         writer = getattr(logger.experiment, "file_writer", None)
         if writer is None or has_placeholder == training_has_started:
             continue
-        names = [*metrics, *_monitored(trainer)]
-        names += [_PLACEHOLDER] if has_placeholder else _logged(trainer, metrics)
+        names = [*metrics, *_monitored(trainer), *others]
         prefix = getattr(logger, "_prefix", "")
         columns = {f"{prefix}-{name}" if prefix else name: 0.0 for name in names if name != "epoch"}
         describe: Any = hparams  # has no types
