@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from modules import Classifier, loader, trainer
+from modules import Classifier, Plain, loader, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
@@ -87,6 +87,17 @@ def test_rho_and_samples_per_step(tmp_path):
     fit(tmp_path, Saved(), FlatnessMonitor(), sam, accumulate_grad_batches=3)
     hyperparameters, _ = written(tmp_path)
     assert (hyperparameters["sam_rho"], hyperparameters["batch_size"]) == (0.25, 24.0)
+
+
+@pytest.mark.parametrize("module", [Saved, Classifier])
+def test_data_without_a_length(tmp_path, module):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(Plain())
+
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer(tmp_path, FlatnessMonitor(), logger=logger, max_epochs=1).fit(module(), loader(Stream(), shuffle=False))
+    assert written(tmp_path)[0]["batch_size"] == 8.0
 
 
 def test_the_optimizer_inside_sam_is_named(tmp_path):

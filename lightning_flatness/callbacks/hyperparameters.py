@@ -56,7 +56,7 @@ def log_hyperparameters(trainer: Trainer, metrics: Sequence[str], *, training_ha
         prefix = getattr(logger, "_prefix", "")
         columns = {f"{prefix}-{name}" if prefix else name: 0.0 for name in names if name != "epoch"}
         describe: Any = hparams  # has no types
-        for summary in describe(saved_hyperparameters(trainer) | _others(trainer), columns):
+        for summary in describe(_hyperparameters(trainer), columns):
             writer.add_summary(summary, trainer.global_step)
 
 
@@ -87,8 +87,9 @@ def _logs_hyperparameters(owner: Any) -> bool:
 
 
 def _train_dataloader(trainer: Trainer) -> Any:
+    loader = trainer.train_dataloader
     source = getattr(trainer.fit_loop, "_data_source", None)
-    return trainer.train_dataloader or getattr(source, "instance", None)
+    return getattr(source, "instance", None) if loader is None else loader
 
 
 def saved_hyperparameters(trainer: Trainer) -> dict[str, Any]:
@@ -120,13 +121,12 @@ def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{name}", value if isinstance(value, bool | int | float | str) else str(value)
 
 
-def _others(trainer: Trainer) -> dict[str, Any]:
-    """Return what the optimizer, the data and SAM know, unless the user has saved it."""
+def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    """Return what was saved, and what optimizer, data and SAM know beside."""
     saved = saved_hyperparameters(trainer)
-    known = {"batch_size": _samples_per_step(trainer), "sam_rho": _rho(trainer)} | _optimizer_settings(
-        trainer.optimizers
-    )
-    return {
+    known = {"batch_size": _samples_per_step(trainer), "sam_rho": _rho(trainer)}
+    known |= _optimizer_settings(trainer.optimizers)
+    return saved | {
         name: value
         for name, value in known.items()
         if value is not None and not any(synonym in saved for synonym in _SYNONYMS.get(name, (name,)))
