@@ -28,6 +28,7 @@ ORDER = [
     "cost",
     "geometry",
     "isolation",
+    "sharding",
     "batches",
 ]
 """From top to bottom: each may import what stands below it."""
