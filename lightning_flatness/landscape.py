@@ -128,6 +128,8 @@ class LossLandscape:
         self._isolation: Isolation | None = None
         self._gradient: Tensor | None = None
         self._charts: dict[str | Geometry, Chart] = {}
+        self.sharp_covectors: Tensor | None = None
+        """What one geometry leaves to the next in a measurement; see :mod:`lightning_flatness.estimators.starts`."""
 
     @property
     def engine(self) -> str:
@@ -159,7 +161,7 @@ class LossLandscape:
             try:
                 yield self
             finally:
-                self._isolation = self.graphs = self._gradient = None
+                self._isolation = self.graphs = self._gradient = self.sharp_covectors = None
                 self._charts.clear()
 
     @contextmanager
@@ -174,8 +176,8 @@ class LossLandscape:
         """
         self._check_vector("displacement", displacement)
         originals = [p.data for p in self.parameters]
-        here = self.graphs, self._gradient, self._charts
-        self.graphs, self._gradient, self._charts = None, None, {}
+        here = self.graphs, self._gradient, self._charts, self.sharp_covectors
+        self.graphs, self._gradient, self._charts, self.sharp_covectors = None, None, {}, None
         try:
             for p, original, change in zip(self.parameters, originals, self.unflatten(displacement), strict=True):
                 p.data = torch.add(original, change, alpha=scale).to(original.dtype)
@@ -183,7 +185,7 @@ class LossLandscape:
         finally:
             for p, original in zip(self.parameters, originals, strict=True):
                 p.data = original
-            self.graphs, self._gradient, self._charts = here
+            self.graphs, self._gradient, self._charts, self.sharp_covectors = here
 
     def chart(self, geometry: str | Geometry) -> Chart:
         """Return the coordinates of ``geometry`` around the current weights.
@@ -256,6 +258,7 @@ class LossLandscape:
         fresh = {
             "graphs": None,
             "_gradient": None,
+            "sharp_covectors": None,
             "_products": self._products.fresh(),
             "operators": replace(self.operators),
         }
@@ -286,17 +289,22 @@ class LossLandscape:
         with self.measurement():
             return self.mean_over_samples(local, 1)[0]
 
-    def gradient(self) -> Tensor:
+    def gradient(self, *, keep_graphs: bool = False) -> Tensor:
         """Return the gradient of ``L`` at ``w``, shape (num_parameters,).
 
         Costs one gradient; nothing where a Hessian-vector product of the same measurement left it behind, or for the
         second time in one measurement.
+
+        Args:
+            keep_graphs: Leave its graphs to the Hessian-vector products that will follow, as far as there is room.
         """
         if self._gradient is not None:
             return self._gradient.clone()
 
         def local(index: int) -> Sequence[Tensor | None]:
             if (kept := kept_gradient(self, index)) is not None:
+                return kept
+            if keep_graphs and (kept := self._products.gradient_to_keep(self, index)) is not None:
                 return kept
             self.cost.add_batch_gradient(index, self.batch_sizes)
             return torch.autograd.grad(self.batch_loss(index), self.parameters, allow_unused=True)

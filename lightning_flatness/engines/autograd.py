@@ -57,6 +57,15 @@ def kept_gradient(loss: BatchedLoss, index: int) -> tuple[Tensor | None, ...] | 
     return None if graph is None else graph.gradient
 
 
+def gradient_to_keep(loss: BatchedLoss, index: int) -> tuple[Tensor | None, ...] | None:
+    """Return the gradient of a batch, its graph left for the products to come; None if there is no room for it."""
+    if loss.graphs is None or not loss.graphs.may_fit((Autograd, index)):
+        return None
+    graph = _differentiated_batch(loss, index)
+    loss.graphs.offer((Autograd, index), graph, graph.num_bytes)
+    return tuple(None if g is None else g.detach() for g in graph.gradient)
+
+
 def _differentiated_batch(loss: BatchedLoss, index: int) -> GradientGraph:
     with counted_bytes() as storages:
         value = loss.batch_loss(index)

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from lightning_flatness.engines.autograd import Autograd
+from lightning_flatness.engines.autograd import Autograd, gradient_to_keep
 from lightning_flatness.engines.base import BatchedLoss, Engine, EngineName
 from lightning_flatness.engines.finite_difference import FiniteDifference
 from lightning_flatness.engines.gauss_newton import GaussNewton, NumericGaussNewton
@@ -36,6 +36,15 @@ class Products:
     def fresh(self) -> Products:
         """Return the same choice for another loss of the module, which wants another step of finite differences."""
         return Products("finite_difference" if isinstance(self._engine, FiniteDifference) else self.asked)
+
+    def gradient_to_keep(self, loss: BatchedLoss, index: int) -> tuple[Tensor | None, ...] | None:
+        """Return the gradient of a batch, left for the products to come; None where they would not use it."""
+        if not isinstance(self._engine, Autograd):
+            return None
+        try:
+            return gradient_to_keep(loss, index)
+        except NotTwiceDifferentiableError:  # the products will tell
+            return None
 
     def hessian(self, loss: BatchedLoss, v: Tensor) -> Tensor:
         """Return ``H v``."""
