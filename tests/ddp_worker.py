@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loggers import CSVLogger
-from modules import Augmented, Classifier, loader, trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from modules import Augmented, Busy, Classifier, loader, trainer
 from problems import PROBLEMS, make_problem
 from registry import METRICS, make_landscape
 from torch import Tensor
@@ -56,6 +56,14 @@ def fail(out: Path) -> None:
         run.fit(Fragile(), loader(Augmented()))
     except (ArithmeticError, RuntimeError) as error:
         (out / f"rank{run.global_rank}.json").write_text(json.dumps(f"{type(error).__name__}: {error}"))
+
+
+def hyperparameters(out: Path) -> None:
+    """The columns are what is logged, which is reduced over the ranks when it is first read: by all of them."""
+    logger = TensorBoardLogger(out, name="", version="run", default_hp_metric=False)
+    run = trainer(out, FlatnessMonitor(), strategy="ddp", devices=2, max_epochs=2, logger=logger)
+    run.fit(Busy(), loader(Augmented()), loader(Augmented(), shuffle=False))
+    (out / f"rank{run.global_rank}.json").write_text(json.dumps(sorted(run.callback_metrics)))
 
 
 def landscape(out: Path) -> None:
@@ -159,5 +167,6 @@ if __name__ == "__main__":
         "metrics": metrics,
         "reductions": reductions,
         "surface": surface,
+        "hyperparameters": hyperparameters,
     }
     commands[command](Path(out), *map(int, numbers))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_flatness.callbacks.hyperparameters import callbacks, log_hyperparameters
 from lightning_flatness.callbacks.landscape_monitor import LandscapeMonitor
 from lightning_flatness.callbacks.pictures import custom_scalars_layout, log_figure, log_layout
 from lightning_flatness.engines import EngineName
@@ -55,7 +56,10 @@ class FlatnessMonitor(LandscapeMonitor):
     Other metrics log their values under their names, with ``_residual`` or ``_standard_error`` behind it. TensorBoard
     gets a picture ``flatness/spectral_density`` of every :class:`SpectralDensity`, whose curves are
     ``flatness/spectral_density_negative_share``, ``…_mean`` and ``…_mean_square``, and on its page "Custom Scalars" the
-    eigenvalues in one chart and lambda_max with its stability edge in another.
+    eigenvalues in one chart and lambda_max with its stability edge in another. Its page "HParams" has one column per
+    metric, beside the hyperparameters that module and datamodule saved and, unless they have them, ``optimizer``,
+    ``lr``, ``momentum``, ``weight_decay``, ``batch_size`` (samples per optimizer step) and ``sam_rho``. With
+    ``TensorBoardLogger(default_hp_metric=False)`` all that the module logs is a column, too.
 
     With the monitor, training gives the same weights, optimizer state, buffers, random numbers and logged values,
     bit for bit, as without it.
@@ -127,6 +131,7 @@ class FlatnessMonitor(LandscapeMonitor):
         self.tol = tol
         self._epoch_start: float | None = None
         self._seconds_in_epoch = 0.0
+        self._has_logged_hyperparameters = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that this module can be measured under this Trainer, and forget an earlier run."""
@@ -136,12 +141,37 @@ class FlatnessMonitor(LandscapeMonitor):
             for metric in self.metrics.values():
                 metric.reset()
 
-    def prepare(self, trainer: Trainer) -> None:
-        """Add what the edge of the optimizer's stability takes, and tell TensorBoard which curves belong together."""
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add what the edge of the optimizer's stability takes, and write hyperparameters before Lightning does."""
         has_edge = not math.isnan(stability_edge(trainer.optimizers))
         if self.preset is not None and has_edge and is_preconditioned(trainer.optimizers):
             sharpness = TopEigenvalues(geometry="optimizer", tol=self.tol, seed=self.seed, shared_start=True)
             self.metrics.setdefault("preconditioned_sharpness", sharpness)
+        self._log_hyperparameters(trainer)
+        self._has_logged_hyperparameters = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure at the end of every n-th epoch; after the first, write the hyperparameters that are still missing."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if not self._has_logged_hyperparameters:
+            self._has_logged_hyperparameters = True
+            self._log_hyperparameters(trainer, training_has_started=True)
+
+    def _log_hyperparameters(self, trainer: Trainer, *, training_has_started: bool = False) -> None:
+        monitors = [callback for callback in callbacks(trainer) if isinstance(callback, FlatnessMonitor)]
+        if self is monitors[0]:  # one description has the measures of all
+            names = [name for monitor in monitors for name in monitor._headlines(trainer)]
+            log_hyperparameters(trainer, names, training_has_started=training_has_started)
+
+    def _headlines(self, trainer: Trainer) -> list[str]:
+        """Return the curves that sum up a run: one of each metric, and the edge of stability."""
+        names = [name for name, metric in self.metrics.items() if not isinstance(metric, SpectralDensity)]
+        if self._sharpness_at_the_edge(trainer) and not math.isnan(stability_edge(trainer.optimizers)):
+            names.append("edge_of_stability")
+        return [self.log_key_prefix + name for name in names]
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Tell TensorBoard which curves belong together."""
         log_layout(trainer, custom_scalars_layout(self._charts(trainer), self.log_key_prefix.rstrip("/") or "flatness"))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
