@@ -139,6 +139,8 @@ class LossLandscape:
         self._isolation: Isolation | None = None
         self._gradient: Tensor | None = None
         self._charts: dict[str | Geometry, Chart] = {}
+        self.sharp_covectors: Tensor | None = None
+        """What one geometry leaves to the next in a measurement; see :mod:`lightning_flatness.estimators.starts`."""
 
     @property
     def engine(self) -> str:
@@ -175,7 +177,7 @@ class LossLandscape:
                 yield self
             finally:
                 self.parameters = held
-                self._isolation = self.graphs = self._gradient = None
+                self._isolation = self.graphs = self._gradient = self.sharp_covectors = None
                 self._charts.clear()
 
     @contextmanager
@@ -194,8 +196,8 @@ class LossLandscape:
                 yield
             return
         originals = [p.data for p in self.parameters]
-        here = self.graphs, self._gradient, self._charts
-        self.graphs, self._gradient, self._charts = None, None, {}
+        here = self.graphs, self._gradient, self._charts, self.sharp_covectors
+        self.graphs, self._gradient, self._charts, self.sharp_covectors = None, None, {}, None
         try:
             for p, original, change in zip(self.parameters, originals, self.unflatten(displacement), strict=True):
                 p.data = torch.add(original, change, alpha=scale).to(original.dtype)
@@ -203,7 +205,7 @@ class LossLandscape:
         finally:
             for p, original in zip(self.parameters, originals, strict=True):
                 p.data = original
-            self.graphs, self._gradient, self._charts = here
+            self.graphs, self._gradient, self._charts, self.sharp_covectors = here
 
     def chart(self, geometry: str | Geometry) -> Chart:
         """Return the coordinates of ``geometry`` around the current weights.
@@ -277,6 +279,7 @@ class LossLandscape:
         fresh = {
             "graphs": None,
             "_gradient": None,
+            "sharp_covectors": None,
             "_products": self._products.fresh(),
             "operators": replace(self.operators),
         }
@@ -307,17 +310,20 @@ class LossLandscape:
         with self.measurement():
             return self.mean_over_samples(local, 1)[0]
 
-    def gradient(self) -> Tensor:
+    def gradient(self, *, keep_graphs: bool = False) -> Tensor:
         """Return the gradient of ``L`` at ``w``, shape (num_parameters,).
 
         Costs one gradient; nothing where a Hessian-vector product of the same measurement left it behind, or for the
         second time in one measurement.
+
+        Args:
+            keep_graphs: Leave its graphs to the Hessian-vector products that will follow, as far as there is room.
         """
         if self._gradient is not None:
             return self._gradient.clone()
 
         with self.measurement():
-            gradient = self.sum_over_ranks(self._add_gradient, self.num_parameters)
+            gradient = self.sum_over_ranks(lambda total: self._add_gradient(total, keep_graphs), self.num_parameters)
             if self.graphs is None:  # at displaced weights
                 return gradient
             self._gradient, self.graphs.gradient_sum = gradient, None
@@ -337,7 +343,9 @@ class LossLandscape:
         self._add_batch(self.unflatten(self.graphs.gradient_sum), index, pieces)
         self.graphs.summed.add(index)
 
-    def _add_gradient(self, total: Tensor) -> None:
+    def _add_gradient(self, total: Tensor, keep_graphs: bool) -> None:
+        if keep_graphs:
+            self._products.keep_graphs(self)
         known = set() if self.graphs is None else self.graphs.summed
         if self.graphs is not None and self.graphs.gradient_sum is not None:
             total.add_(self.graphs.gradient_sum)

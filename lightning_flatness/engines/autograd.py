@@ -61,6 +61,14 @@ class Autograd(BatchEngine):
             raise from_autograd(error) from error
 
 
+def keep_graph(loss: BatchedLoss, index: int) -> None:
+    """Build the graph of a batch for the products to come, if there is room, and leave its gradient to the loss."""
+    key = (Autograd, index)
+    if loss.graphs is not None and loss.graphs.get(key) is None and loss.graphs.may_fit(key):
+        graph = _differentiated_batch(loss, index, is_measured=True)
+        loss.graphs.offer(key, graph, graph.num_bytes)
+
+
 def _differentiated_batch(loss: BatchedLoss, index: int, *, is_measured: bool) -> GradientGraph:
     no_count: dict[int, int] = {}
     with counted_bytes(loss.parameters) if is_measured else nullcontext(no_count) as storages:

@@ -9,11 +9,12 @@ product does not pay for its set-up.
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from lightning_flatness.engines.autograd import Autograd
+from lightning_flatness.engines.autograd import Autograd, keep_graph
 from lightning_flatness.engines.base import BatchedLoss, Engine, EngineName
 from lightning_flatness.engines.finite_difference import FiniteDifference
 from lightning_flatness.engines.forward import ForwardEngineError, ForwardOverReverse, Linearized
@@ -50,6 +51,14 @@ class Products:
         fresh = Products(self.asked)
         fresh._engine = type(self._engine)()
         return fresh
+
+    def keep_graphs(self, loss: BatchedLoss) -> None:
+        """Build what the products to come can use, as far as there is room; the gradients are a by-product."""
+        if isinstance(self._engine, Autograd) and loss.graphs is not None:
+            with suppress(NotTwiceDifferentiableError):  # the products will tell
+                for index in range(len(loss.batch_sizes)):
+                    if index not in loss.graphs.summed:
+                        keep_graph(loss, index)
 
     def hessian(self, loss: BatchedLoss, v: Tensor) -> Tensor:
         """Return ``H v``."""
