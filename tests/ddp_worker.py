@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loggers import CSVLogger
-from modules import Augmented, Classifier, loader, trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from modules import Augmented, Busy, Classifier, loader, trainer
 from problems import PROBLEMS, make_problem
 from registry import METRICS, make_landscape
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_flatness import FlatnessMonitor, LossLandscape, TopEigenvalues
+from lightning_flatness import FlatnessMonitor, LossLandscape, TopEigenvalues, loss_surface
 
 
 class Fragile(Classifier):
@@ -42,7 +42,9 @@ def monitor(out: Path, num_devices: int, probe_size: int) -> None:
     )
     run.fit(Classifier(), loader(Augmented(), batch_size=8 // num_devices))
     values = {
-        k: float(v) for k, v in run.callback_metrics.items() if k.startswith("flatness/") and k != "flatness/seconds"
+        k: float(v)
+        for k, v in run.callback_metrics.items()
+        if k.startswith("flatness/") and k not in ("flatness/seconds", "flatness/share_of_epoch_time")
     }
     (out / f"rank{run.global_rank}.json").write_text(json.dumps(values))
 
@@ -54,6 +56,14 @@ def fail(out: Path) -> None:
         run.fit(Fragile(), loader(Augmented()))
     except (ArithmeticError, RuntimeError) as error:
         (out / f"rank{run.global_rank}.json").write_text(json.dumps(f"{type(error).__name__}: {error}"))
+
+
+def hyperparameters(out: Path) -> None:
+    """The columns are what is logged, which is reduced over the ranks when it is first read: by all of them."""
+    logger = TensorBoardLogger(out, name="", version="run", default_hp_metric=False)
+    run = trainer(out, FlatnessMonitor(), strategy="ddp", devices=2, max_epochs=2, logger=logger)
+    run.fit(Busy(), loader(Augmented()), loader(Augmented(), shuffle=False))
+    (out / f"rank{run.global_rank}.json").write_text(json.dumps(sorted(run.callback_metrics)))
 
 
 def landscape(out: Path) -> None:
@@ -83,7 +93,7 @@ def once(out: Path) -> None:
     landscape = LossLandscape(module, problem.batches if rank else [], problem.loss_fn)
     metric = TopEigenvalues(tol=1e-6)
     metric.update(landscape)
-    (out / f"rank{rank}.json").write_text(json.dumps([landscape.differentiation, metric.compute().tolist()]))
+    (out / f"rank{rank}.json").write_text(json.dumps([landscape.engine, metric.compute().tolist()]))
     dist.destroy_process_group()
 
 
@@ -100,7 +110,63 @@ def metrics(out: Path) -> None:
     dist.destroy_process_group()
 
 
+def reductions(out: Path) -> None:
+    """Count the all-reduces of each evaluation, on three batches."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    calls: list[int] = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor, *args, **kwargs: (
+        calls.append(tensor.numel()),
+        all_reduce(tensor, *args, **kwargs),
+    )
+    landscape = make_landscape(rank, size)
+    v = torch.ones(landscape.num_parameters, dtype=landscape.dtype)
+    counts: dict[str, list[int]] = {}
+
+    def count(name: str, evaluate: Any) -> None:
+        calls.clear()
+        evaluate()
+        counts[name] = list(calls)
+
+    with landscape.measurement():
+        count("first product", lambda: landscape.hvp(v))
+        count("next product", lambda: landscape.hvp(v))
+        count("gradient", landscape.gradient)
+        count("gradient again", landscape.gradient)
+        count("loss", landscape.loss)
+        count("loss and gradient", landscape.loss_and_gradient)
+        count("gauss-newton", lambda: landscape.ggnvp(v))
+    (out / f"rank{rank}.json").write_text(json.dumps([landscape.num_parameters, counts]))
+    dist.destroy_process_group()
+
+
+def surface(out: Path) -> None:
+    """Draw surfaces, each sample on the rank that the probe puts it on."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    drawn = [
+        loss_surface(make_landscape(rank, size), directions, geometry=geometry, radius=radius, num_points=5)
+        for directions, geometry, radius in SURFACES
+    ]
+    result = [[s.losses.tolist(), s.x.tolist(), s.directions.tolist()] for s in drawn]
+    (out / f"rank{rank}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+SURFACES = [("random", "filter", None), ("eigenvectors", "layer", None), ("random", "element", 0.5)]
+
+
 if __name__ == "__main__":
     command, out, *numbers = sys.argv[1:]
-    commands = {"monitor": monitor, "fail": fail, "landscape": landscape, "once": once, "metrics": metrics}
+    commands = {
+        "monitor": monitor,
+        "fail": fail,
+        "landscape": landscape,
+        "once": once,
+        "metrics": metrics,
+        "reductions": reductions,
+        "surface": surface,
+        "hyperparameters": hyperparameters,
+    }
     commands[command](Path(out), *map(int, numbers))

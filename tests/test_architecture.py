@@ -9,6 +9,8 @@ import lightning_flatness
 
 PACKAGE = Path(lightning_flatness.__file__).parent
 ORDER = [
+    "__main__",
+    "compare",
     "callbacks",
     "surface",
     "metrics",
@@ -17,12 +19,16 @@ ORDER = [
     "sam",
     "stability",
     "landscape",
+    "engines",
+    "ranks",
     "gauss_newton",
     "per_sample",
     "second_derivatives",
     "loss",
+    "cost",
     "geometry",
     "isolation",
+    "sharding",
     "batches",
 ]
 """From top to bottom: each may import what stands below it."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from modules import Augmented, Busy, Classifier, Plain, loader, trainer
 from test_no_trace import Recorder
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_flatness import FlatnessMonitor, InvariantSharpness, LossLandscape, TopEigenvalues
+from lightning_flatness import FlatnessMonitor, InvariantSharpness, LossLandscape, LossSurfaceMonitor, TopEigenvalues
 
 KEYS = {
     "flatness/lambda_max",
@@ -50,7 +51,7 @@ def test_logs_the_documented_keys_before_training_and_at_every_epoch_end(tmp_pat
     run, recorder = fit(tmp_path, FlatnessMonitor())
     records = flatness_records(recorder)
     assert [step for step, _ in records] == [0, 5, 10, 15]
-    assert all(set(m) == KEYS for _, m in records)
+    assert [set(m) for _, m in records] == [KEYS] + [KEYS | {"flatness/share_of_epoch_time"}] * 3
     assert set(run.callback_metrics) >= KEYS
     last = records[-1][1]
     for key in KEYS - {"flatness/seconds"}:
@@ -107,7 +108,22 @@ def test_own_metrics_replace_the_set(tmp_path):
     _, recorder = fit(tmp_path, FlatnessMonitor(metrics, log_key_prefix="mine/"), max_epochs=1)
     names = {"sharpest", "sharpest_residual", "sharpest_2", "sharpest_2_residual", "lowest", "lowest_residual"}
     expected = {f"mine/{n}" for n in names | {"seconds", "gradient_evaluations"}}
-    assert [set(m) for _, m in recorder.records if any(k.startswith("mine/") for k in m)] == [expected] * 2
+    found = [set(m) for _, m in recorder.records if any(k.startswith("mine/") for k in m)]
+    assert found == [expected, expected | {"mine/share_of_epoch_time"}]
+
+
+def test_the_share_of_the_epochs_time_is_that_of_the_measurement_at_its_end(tmp_path, monkeypatch):
+    """By a clock that moves by the second at every look: what is counted, and what is left out."""
+    ticks = iter(range(10_000))
+    monkeypatch.setattr("lightning_flatness.callbacks.flatness_monitor.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("lightning_flatness.callbacks.landscape_monitor._Progress", lambda *args: lambda: None)
+    _, recorder = fit(tmp_path, FlatnessMonitor(every_n_steps=2), max_epochs=1)
+    records = flatness_records(recorder)
+    assert [step for step, _ in records] == [0, 2, 4, 5]
+    assert all(m["flatness/seconds"] == 1 for _, m in records)
+    shares = [m.get("flatness/share_of_epoch_time") for _, m in records]
+    # The epoch starts at 2; the measurements after steps run from 3 to 4 and from 5 to 6, the last one from 7 to 8.
+    assert shares == [None, None, None, 1 / (7 - 2 - 2)]
 
 
 def test_every_n_epochs_and_every_n_steps(tmp_path):
@@ -352,8 +368,8 @@ def test_the_monitor_can_be_pickled():
         ({"metrics": {}}, r"Expected `metrics` to be a non-empty dict"),
         ({"metrics": {"loss": 3}}, r"Expected `metrics\['loss'\]` to be a flatness metric such as.*got int"),
         (
-            {"differentiation": "no"},
-            r"Expected `differentiation` to be 'auto', 'exact' or 'finite_difference', got 'no'",
+            {"engine": "no"},
+            r"Expected `engine` to be one of .auto., .exact., .*, got .no.",
         ),
     ],
 )
@@ -447,7 +463,7 @@ def test_an_operator_without_second_derivative(tmp_path):
             return F.cross_entropy(self.net[2](hidden), batch[1])
 
     message = r"Expected operators with a second derivative, got one without"
-    assert_fit_fails(tmp_path, FlatnessMonitor(differentiation="exact"), Once(), RuntimeError, message)
+    assert_fit_fails(tmp_path, FlatnessMonitor(engine="exact"), Once(), RuntimeError, message)
     with pytest.warns(UserWarning, match="finite differences") as caught:
         _, recorder = fit(tmp_path, FlatnessMonitor(), module=Once())
     assert len([w for w in caught if "finite differences" in str(w.message)]) == 1
@@ -467,12 +483,33 @@ def test_an_empty_loader(tmp_path):
     assert run.global_step == 0
 
 
-def test_strategies_that_shard_the_weights(tmp_path):
-    from lightning.pytorch.strategies import SingleDeviceStrategy
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("FSDPStrategy", r"slices of flattened weights \(FSDP1\)"),
+        ("DeepSpeedStrategy", "partitions weights or optimizer states"),
+        ("XLAStrategy", "no process group of torch.distributed"),
+        ("XLAFSDPStrategy", "on XLA devices"),
+    ],
+)
+@pytest.mark.parametrize("monitor", [FlatnessMonitor, LossSurfaceMonitor])
+def test_strategies_whose_weights_cannot_be_put_together(tmp_path, name, reason, monitor):
+    """The classes stand in for those that cannot be built here; they are recognised by their names."""
+    strategy = type("Custom", (type(name, (SingleDeviceStrategy,), {}),), {})("cpu")
+    run = trainer(tmp_path, monitor(), strategy=strategy, accelerator="auto", devices="auto")
+    message = (
+        rf"which {monitor.__name__} can put the weights together .*got Custom, wh.*{reason}.*HINT: use strategy='ddp'"
+    )
+    with pytest.raises(MisconfigurationException, match=message):
+        run.fit(Classifier(), loader())
+    assert run.global_step == 0
 
-    class FSDPStrategy(SingleDeviceStrategy):
-        """Stands in for the one that cannot be built without several devices; recognised by its name."""
 
-    run = trainer(tmp_path, FlatnessMonitor(), strategy=FSDPStrategy("cpu"), accelerator="auto", devices="auto")
-    with pytest.raises(MisconfigurationException, match=r"keeps all weights on every rank, got FSDPStrategy.*HINT"):
+def test_ranks_that_cannot_be_reduced_over(tmp_path, monkeypatch):
+    class Elsewhere(SingleDeviceStrategy):
+        """Says that there is another rank, which no process group knows of."""
+
+    run = trainer(tmp_path, FlatnessMonitor(), strategy=Elsewhere("cpu"), accelerator="auto", devices="auto")
+    monkeypatch.setattr(type(run), "world_size", property(lambda self: 2))
+    with pytest.raises(MisconfigurationException, match=r"got Elsewhere, whose ranks are no process group"):
         run.fit(Classifier(), loader())

@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from ddp_worker import SURFACES
 from problems import PROBLEMS, make_problem
+from registry import make_landscape
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
-from lightning_flatness import LossLandscape, TopEigenvalues
+from lightning_flatness import LossLandscape, TopEigenvalues, loss_surface
+from lightning_flatness.compare import read_runs
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
@@ -26,13 +32,13 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run_ranks(command: str, out: Path, *numbers: int, world_size: int = 2) -> list[Any]:
+def run_ranks(command: str, out: Path, *numbers: int, world_size: int = 2, script: str = "ddp_worker.py") -> list[Any]:
     """Run the worker on every rank and return what each has written."""
     port = str(free_port())
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     processes = [
         subprocess.Popen(
-            [sys.executable, str(TESTS / "ddp_worker.py"), command, str(out), *map(str, numbers)],
+            [sys.executable, str(TESTS / script), command, str(out), *map(str, numbers)],
             env=os.environ
             | {
                 "PYTHONPATH": path,
@@ -80,6 +86,18 @@ def test_ddp_logs_the_values_of_one_process_once(tmp_path, probe_size):
         assert float(before[f"flatness/{key}"]) == pytest.approx(float(alone[f"flatness/{key}"]), rel=1e-5)
 
 
+def test_hyperparameters_are_written_by_the_first_rank_and_no_rank_waits(tmp_path):
+    first, second = run_ranks("hyperparameters", tmp_path)
+    assert first == second
+    (run,), problems = read_runs([tmp_path / "run"])
+    assert not problems
+    assert len(list((tmp_path / "run").glob("*tfevents*"))) == 1
+    assert run.hyperparameters["batch_size"] == 16  # 8 on each of two ranks
+    content = EventAccumulator(str(tmp_path / "run")).Reload().PluginTagToContent("hparams")
+    columns = metadata.parse_experiment_plugin_data(content[metadata.EXPERIMENT_TAG]).metric_infos
+    assert {"flatness/lambda_max", "val_loss", "accuracy_epoch"} <= {column.name.tag for column in columns}
+
+
 def test_landscape_in_a_process_group(tmp_path):
     first, second = run_ranks("landscape", tmp_path)
     assert first == second
@@ -103,3 +121,22 @@ def test_ranks_fall_back_to_finite_differences_together(tmp_path):
     first, second = run_ranks("once", tmp_path)
     assert first == second
     assert first[0] == "finite_difference"
+
+
+def test_one_all_reduce_per_evaluation(tmp_path):
+    first, second = run_ranks("reductions", tmp_path)
+    assert first == second
+    num_parameters, counts = first
+    for name, sizes in counts.items():
+        assert len(sizes) == (name != "gradient again"), name
+        assert sum(sizes) <= num_parameters + 4, name
+
+
+def test_surfaces_of_two_ranks_are_those_of_one_process(tmp_path):
+    first, second = run_ranks("surface", tmp_path)
+    assert first == second
+    for (directions, geometry, radius), (losses, x, rows) in zip(SURFACES, first, strict=True):
+        surface = loss_surface(make_landscape(), directions, geometry=geometry, radius=radius, num_points=5)
+        assert x == surface.x.tolist()
+        torch.testing.assert_close(torch.tensor(losses).double(), surface.losses, rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.tensor(rows).double(), surface.directions.double(), rtol=1e-5, atol=1e-5)

@@ -7,17 +7,25 @@ from abc import abstractmethod
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_flatness.batches import copy_batch
+from lightning_flatness.engines import EngineName
 from lightning_flatness.isolation import Mode, isolated
-from lightning_flatness.landscape import Differentiation, LossLandscape, check_options
+from lightning_flatness.landscape import LossLandscape, check_options
 from lightning_flatness.loss import LossFunction
 from lightning_flatness.probe import SeenBatches, can_index, draw_probe
 
-_UNSUPPORTED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+_UNSUPPORTED_STRATEGIES = {
+    "FSDPStrategy": "which keeps slices of flattened weights (FSDP1)",
+    "DeepSpeedStrategy": "which partitions weights or optimizer states itself",
+    "XLAStrategy": "whose ranks are no process group of torch.distributed",
+    "XLAFSDPStrategy": "which keeps slices of flattened weights, on XLA devices",
+}
+"""By name: the classes of `lightning` and of `pytorch_lightning` are different ones."""
 _FIRST_MESSAGE_AFTER = 10.0
 
 
@@ -35,7 +43,7 @@ class LandscapeMonitor(Callback):
         loss_fn: ``loss_fn(module, batch)`` returns the mean loss of a batch. Default: the module's ``training_step``.
         mode: Measure the module in ``"eval"`` or in ``"train"`` mode.
         log_key_prefix: Put before every name.
-        differentiation: See :class:`LossLandscape`.
+        engine: See :class:`LossLandscape`.
         seed: Seed of the choice of samples and of all random numbers of a measurement.
 
     Raises:
@@ -53,7 +61,7 @@ class LandscapeMonitor(Callback):
         loss_fn: LossFunction | None,
         mode: Mode,
         log_key_prefix: str,
-        differentiation: Differentiation,
+        engine: EngineName,
         seed: int,
     ) -> None:
         _check_positive("probe_size", probe_size)
@@ -64,7 +72,7 @@ class LandscapeMonitor(Callback):
             _check_positive("probe_batch_size", probe_batch_size)
         if split not in ("train", "val"):
             raise ValueError(f"Expected `split` to be 'train' or 'val', got {split!r}.")
-        check_options(mode, differentiation)
+        check_options(mode, engine)
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.probe_size = probe_size
@@ -73,7 +81,7 @@ class LandscapeMonitor(Callback):
         self.loss_fn = loss_fn
         self.mode: Mode = mode
         self.log_key_prefix = log_key_prefix
-        self.differentiation: Differentiation = differentiation
+        self.engine: EngineName = engine
         self.seed = seed
         self._probe: list[Any] | None = None
         self._is_transferred = False
@@ -107,13 +115,7 @@ class LandscapeMonitor(Callback):
                 "updates the weights itself. HINT: pass loss_fn=lambda module, batch: ... that returns the mean loss "
                 "of a batch."
             )
-        strategies = {base.__name__ for base in type(trainer.strategy).__mro__}
-        if unsupported := strategies & _UNSUPPORTED_STRATEGIES:
-            raise MisconfigurationException(
-                f"Expected a strategy that keeps all weights on every rank, got {unsupported.pop()}, which shards "
-                "them. HINT: use strategy='ddp' or a single device, or measure checkpoints of this run with "
-                "LossLandscape."
-            )
+        _check_strategy(trainer, name)
         if trainer.barebones:
             rank_zero_info(f"{name} measures nothing under `Trainer(barebones=True)`, which disables logging.")
 
@@ -179,7 +181,7 @@ class LandscapeMonitor(Callback):
             batches,
             self.loss_fn,
             mode=self.mode,
-            differentiation=self.differentiation,
+            engine=self.engine,
             seed=self.seed,
             optimizer=trainer.optimizers,
         )
@@ -214,6 +216,22 @@ class LandscapeMonitor(Callback):
                 f"Expected a validation dataset with a length for {type(self).__name__}(split='val'). "
                 "HINT: use split='train'."
             )
+
+
+def _check_strategy(trainer: Trainer, monitor: str) -> None:
+    kind = type(trainer.strategy)
+    reasons = [
+        _UNSUPPORTED_STRATEGIES[base.__name__] for base in kind.__mro__ if base.__name__ in _UNSUPPORTED_STRATEGIES
+    ]
+    if not reasons and trainer.world_size > 1 and not (dist.is_available() and dist.is_initialized()):
+        reasons = ["whose ranks are no process group of torch.distributed"]
+    if reasons:
+        raise MisconfigurationException(
+            f"Expected one device, or a strategy under which {monitor} can put the weights together on every rank "
+            f"(DDP; ModelParallelStrategy with FSDP2 or tensor parallelism), got {kind.__name__}, {reasons[0]}. HINT: "
+            "use strategy='ddp', or ModelParallelStrategy with torch.distributed.fsdp.fully_shard, or measure "
+            "checkpoints of this run with LossLandscape."
+        )
 
 
 def _transferred(trainer: Trainer, pl_module: LightningModule, batches: list[Any], seed: int) -> list[Any]:
@@ -260,7 +278,8 @@ class _Progress:
             bar = self._trainer.progress_bar_callback
             message = (
                 f"{self._name}: measuring for {elapsed:.0f} s, "
-                f"{self._landscape.cost.num_products} Hessian-vector products so far."
+                f"{self._landscape.cost.num_products} Hessian-vector products so far, engine "
+                f"'{self._landscape.engine}'."
             )
             (rank_zero_info if bar is None else bar.print)(message)
 
