@@ -7,8 +7,8 @@ A Scale Invariant Flatness Measure for Deep Network Minima (arXiv 1902.02434) co
 ``InvariantSharpness``, that minima of large batches are sharper than those of small batches (its abstract). That they
 are less accurate, too, and the setting (networks without biases, Adam with learning rate 1e-3) are from memory.
 
-Two networks without biases are trained from the same initial weights with small batches and with all training samples
-as one batch, and compared in four ways:
+Two networks without biases (five hidden layers of 512 units, and LeNet) are trained from the same initial weights with
+small batches and with all training samples as one batch, and compared in four ways:
 
 - equal train loss: both as soon as they reach it, since curvature shrinks with the loss;
 - equal train loss, scaled lr: the same, with the learning rate of the full batch scaled by the square root of the ratio
@@ -37,12 +37,12 @@ from report import (
     verdict_line,
     write_csv,
 )
-from study import Row, finish, parse_arguments, provenance, runs_of
+from study import QUICK_DATA, Row, finish, parse_arguments, provenance, runs_of
 from training import Recipe
 from verdicts import Claim, difference, ratio
 
 NAME = "large_batch_vs_small_batch"
-NETWORKS = {"fully_connected": "fully connected, 5 x 512", "lenet": "LeNet"}
+NETWORKS = {"fully_connected": "fully connected, 5 layers", "lenet": "LeNet"}
 CLAIMS = {
     "invariant_sharpness": Claim("invariant sharpness is higher with the full batch", "above"),
     "lambda_max": Claim("lambda_max is higher with the full batch", "above"),
@@ -199,7 +199,7 @@ def main() -> None:
     runs = runs_of(size.settings(), args.seeds)
     rows = finish(runs, args.out, args.workers)
     write_csv(rows, args.results / f"{NAME}.csv")
-    data = "digits" if args.quick else "MNIST 5k (1,000 for training, averaged to 16x16)"
+    data = QUICK_DATA if args.quick else "MNIST 5k (1,000 for training, averaged to 16x16)"
     title = f"Batches of {size.small_batch} and {size.num_samples} (all), Adam, {data}, {args.seeds} seeds"
     draw(rows, size.comparisons, args.results / f"{NAME}.png", f"{title}: dots are seeds, bars their means")
     lines = verdict_lines(rows, size.comparisons)

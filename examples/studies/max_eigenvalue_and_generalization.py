@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from report import VERDICT_HEADER, dots, figure, markdown_table, shortfalls, tally, values, verdict_line, write_csv
-from study import Row, finish, parse_arguments, provenance, runs_of
+from study import QUICK_DATA, Row, finish, parse_arguments, provenance, runs_of
 from training import Recipe
 from verdicts import Claim, all_of, difference, judge, not_all_of, ratio
 
@@ -258,7 +258,7 @@ def main() -> None:
     rows = finish(runs, args.out, args.workers)
     write_csv(rows, args.results / f"{NAME}.csv")
     findings = Findings(rows, grid)
-    data = "digits" if args.quick else "MNIST 5k (1,000 for training, averaged to 8x8)"
+    data = QUICK_DATA if args.quick else "MNIST 5k (1,000 for training, averaged to 8x8)"
     loss = grid.base.points[0].removeprefix("loss=")
     title = f"{data}, {args.seeds} seeds, at equal training loss ({loss}; dropout: {grid.dropout_loss:g})"
     findings.draw(args.results, f"{data}, {args.seeds} seeds")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from report import VERDICT_HEADER, figure, markdown_table, shortfalls, tally, verdict_line, write_csv
-from study import Row, finish, parse_arguments, provenance, runs_of
+from study import QUICK_DATA, Row, finish, parse_arguments, provenance, runs_of
 from training import Recipe
 from verdicts import Claim, Effect, clustered_bootstrap, kendall
 
@@ -150,7 +150,7 @@ def main() -> None:
     rows = finish(runs, args.out, args.workers)
     write_csv(rows, args.results / f"{NAME}.csv")
     models = models_of(rows)
-    data = "digits" if args.quick else "MNIST 5k (1,000 for training, averaged to 8x8)"
+    data = QUICK_DATA if args.quick else "MNIST 5k (1,000 for training, averaged to 8x8)"
     title = f"{len(models)} models of {len(runs) // args.seeds} settings, {data}, trained to the same loss"
     draw(models, args.results / f"{NAME}.png", f"{title}: Kendall's tau of measure and generalisation gap")
     correlations, advantages = correlation_lines(models), advantage_lines(models)

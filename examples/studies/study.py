@@ -30,6 +30,8 @@ from training import Recipe, train_and_measure
 Row = dict[str, Any]
 """What was measured at one point of one run, by column."""
 
+QUICK_DATA = "digits (quick mode: to see it work, not to conclude from)"
+
 
 @dataclass(frozen=True)
 class Run:
