@@ -190,15 +190,16 @@ class Findings:
     # ----------------------------------------------------------------------------------------------------- 5: BatchNorm
 
     def batch_normalization(self) -> list[list[str]]:
-        smaller = Claim("BatchNorm reduces lambda_max (the paper: not everywhere)", "below")
+        smaller = Claim("lambda_max with BatchNorm", "below")
+        sides = {"holds here": "smaller", "does not": "larger", "undecided": "undecided"}
         helps = Claim("BatchNorm helps accuracy", "above")
         lines, verdicts = [], []
         places = [(lr, size) for size in self.grid.batch_sizes for lr in self.grid.lrs]
         for place in places:
             effect = ratio(self.lambda_max(batch_norm(*place)), self.lambda_max(plain(*place)))
             verdicts.append(judge(effect, "below"))
-            lines.append(verdict_line(smaller, plain(*place), effect))
-        inconsistent = "BatchNorm does not reduce lambda_max everywhere"
+            lines.append([*verdict_line(smaller, plain(*place), effect)[:-1], sides[verdicts[-1]]])
+        inconsistent = "BatchNorm does not consistently reduce lambda_max"
         lines.append([inconsistent, "all four", "all", "", "", f"**{not_all_of(verdicts)}**"])
         for place in places:
             effect = difference(self.accuracy(batch_norm(*place)), self.accuracy(plain(*place)), " %")

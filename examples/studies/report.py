@@ -44,8 +44,8 @@ def verdict_line(claim: Claim, where: str, effect: Effect) -> list[str]:
 
 
 def tally(lines: Iterable[Sequence[str]]) -> str:
-    """Return a sentence: how many lines of a table have which verdict."""
-    counts = Counter(line[-1].strip("*") for line in lines)
+    """Return a sentence: how many lines of a table have which verdict (in bold: others are only parts of one)."""
+    counts = Counter(line[-1].strip("*") for line in lines if line[-1].startswith("**"))
     return "Verdicts: " + ", ".join(f"{counts[verdict]} x {verdict!r}" for verdict in get_args(Verdict)) + "."
 
 
