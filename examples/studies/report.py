@@ -1,0 +1,122 @@
+"""How studies show what came out: a CSV of all runs, tables of verdicts in markdown, and dots for seeds."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from study import Row
+from verdicts import Claim, Effect, Verdict, judge
+
+VERDICT_HEADER = ("claim", "where", "effect", "95 % interval", "pairs", "verdict")
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Write all rows; a column for everything that any row has, in the order of appearance; empty where missing.
+
+    Floats have all their digits, so that the verdicts can be computed again from the file.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a table in markdown."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def verdict_line(claim: Claim, where: str, effect: Effect) -> list[str]:
+    """Return the line of a claim in the table of verdicts; the verdict is computed here and nowhere else."""
+    text = claim.text if claim.direction != "within" else f"{claim.text} (within ±{claim.margin:g}{effect.unit})"
+    verdict = judge(effect, claim.direction, claim.margin)
+    return [text, where, number(effect.estimate, effect), interval(effect), str(effect.num), f"**{verdict}**"]
+
+
+def tally(lines: Iterable[Sequence[str]]) -> str:
+    """Return a sentence: how many lines of a table have which verdict."""
+    counts = Counter(line[-1].strip("*") for line in lines)
+    return "Verdicts: " + ", ".join(f"{counts[verdict]} x {verdict!r}" for verdict in get_args(Verdict)) + "."
+
+
+def number(value: float, effect: Effect) -> str:
+    """Return a value as it is printed in the unit of an effect."""
+    if not math.isfinite(value):
+        return "?"
+    if effect.unit == "x":
+        return f"x {value:.3g}"
+    return f"{value:+.2f}{effect.unit}"
+
+
+def interval(effect: Effect) -> str:
+    """Return the interval of an effect as it is printed."""
+    if not math.isfinite(effect.high - effect.low) or (effect.unit == "x" and effect.low == 0):
+        return "none"
+    return f"{number(effect.low, effect)} … {number(effect.high, effect)}"
+
+
+def values(rows: Sequence[Row], setting: str, point: str, column: str) -> dict[int, float]:
+    """Return a column by seed, of the runs of a setting that reached a point."""
+    return {
+        row["seed"]: row[column]
+        for row in rows
+        if row["setting"] == setting and row["point"] == point and row["reached"] and row.get(column) is not None
+    }
+
+
+def shortfalls(rows: Sequence[Row]) -> str:
+    """Return a sentence: which points were not reached, and how many measurements did not converge."""
+    missed: dict[str, int] = {}
+    for row in rows:
+        if not row["reached"]:
+            key = f"{row['setting']} ({row['point']})"
+            missed[key] = missed.get(key, 0) + 1
+    flags = [value for row in rows for name, value in row.items() if name.endswith("_converged")]
+    text = f"{flags.count(False)} of {len(flags)} measurements did not converge to their tolerance. "
+    if not missed:
+        return text + "Every run reached its points."
+    listed = ", ".join(f"{key}: {count}" for key, count in missed.items())
+    return text + f"Left out, since they did not reach their point: {listed}."
+
+
+def figure(num_rows: int, num_columns: int, width: float = 3.6, height: float = 3.0) -> tuple[Figure, Any]:
+    """Return a figure and its axes, an array of two dimensions."""
+    made = Figure(figsize=(width * num_columns, height * num_rows), layout="constrained")
+    FigureCanvasAgg(made)
+    return made, made.subplots(num_rows, num_columns, squeeze=False)
+
+
+def dots(
+    ax: Axes,
+    x: Sequence[float],
+    groups: Sequence[Iterable[float]],
+    *,
+    color: str,
+    label: str,
+    line: str = "-",
+    log: bool = False,
+) -> None:
+    """Draw a dot per seed and a line through the means: geometric ones where the axis is logarithmic."""
+    means = []
+    for position, group in zip(x, groups, strict=True):
+        group = list(group)
+        ax.plot([position] * len(group), group, "o", color=color, ms=4, alpha=0.45, mew=0)
+        means.append(mean(group, log))
+    ax.plot(x, means, ls=line, color=color, marker="_", ms=11, mew=2, lw=1.5, label=label)
+
+
+def mean(group: Sequence[float], log: bool) -> float:
+    """Return the mean, nan of nothing."""
+    if not group:
+        return math.nan
+    return math.exp(math.fsum(map(math.log, group)) / len(group)) if log else math.fsum(group) / len(group)

@@ -1,0 +1,225 @@
+"""One run of a study: a network trained by Lightning from a recipe, measured where the recipe says."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from digits import Classifier, DigitsDataModule, Mnist5kDataModule, convolutional_layers
+
+from lightning_flatness import (
+    BasisPathBalance,
+    FlatnessMonitor,
+    InvariantSharpness,
+    PSISharpness,
+    SharpnessAwareMinimization,
+    TopEigenvalues,
+    WorstCaseSharpness,
+)
+from lightning_flatness.metrics import FlatnessMetric
+
+MEASURES: dict[str, Callable[[], FlatnessMetric]] = {
+    "lambda_max": lambda: TopEigenvalues(tol=1e-2),
+    "invariant_sharpness": lambda: InvariantSharpness(tol=1e-2),
+    "adaptive_sharpness": lambda: WorstCaseSharpness(rho=0.5, geometry="element"),
+    "psi_sharpness": lambda: PSISharpness(submodule="net", tol=1e-2),
+    "log10_path_balance": lambda: BasisPathBalance(log10=True, submodule="net"),
+}
+"""What can be measured, by the name of its column and of its curve in TensorBoard."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained, and at which points it is measured.
+
+    Attributes:
+        points: ``"loss=0.01"``: as soon as the loss on all training samples in evaluation mode is no larger (looked
+            at after every step when it is near); ``"step=120"``: after that many optimizer steps. Training stops when
+            all are behind.
+        max_steps: Optimizer steps after which training stops in any case.
+        measures: Names out of ``MEASURES``, measured on all training samples.
+        data: ``"mnist5k"`` or ``"digits"``.
+        num_train: Training samples of MNIST; the other samples are for testing.
+        pixels: Of MNIST's images, 8, 16 or 28 per side.
+        network: ``"fully_connected"``, ``"lenet"`` or ``"convnet"``.
+        width: Of the hidden layers of ``"fully_connected"``.
+        dropout: Of ``"convnet"``.
+        batch_norm: Of ``"convnet"``.
+        optimizer: ``"sgd"`` or ``"adam"`` (with decay: AdamW).
+        rho: Of SAM; 0 for plain training.
+    """
+
+    points: tuple[str, ...]
+    measures: tuple[str, ...]
+    max_steps: int
+    batch_size: int
+    lr: float
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    rho: float = 0.0
+    network: str = "convnet"
+    width: int = 512
+    dropout: float = 0.0
+    batch_norm: bool = False
+    data: str = "mnist5k"
+    num_train: int = 1000
+    pixels: int = 8
+
+
+class RecipeModule(Classifier):
+    """The network and optimizer of a recipe."""
+
+    def __init__(self, recipe: Recipe, pixels: int) -> None:
+        super().__init__()
+        self.save_hyperparameters(vars(recipe))
+        self.recipe = recipe
+        self.net = network_of(recipe, pixels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        recipe = self.recipe
+        if recipe.optimizer == "adam":
+            # Without decay this is Adam. Decay as part of the gradient would be normalised, too: dead units would
+            # shrink to nothing within epochs, and the products of their weights leave the range of float32.
+            return torch.optim.AdamW(self.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(
+            self.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
+
+
+def network_of(recipe: Recipe, pixels: int) -> nn.Sequential:
+    """Return a recipe's network for images with one channel and 10 classes."""
+    if recipe.network == "fully_connected":
+        widths = [pixels**2, *[recipe.width] * 5]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for i in range(5):
+            layers += [nn.Linear(widths[i], widths[i + 1], bias=False), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(widths[-1], 10, bias=False))
+    if recipe.network == "lenet":
+        layers = []
+        for channels, following in ((1, 6), (6, 16)):
+            convolution = nn.Conv2d(channels, following, 5, padding=2, bias=False)
+            layers += [convolution, nn.ReLU(), nn.MaxPool2d(2)]
+        layers.append(nn.Flatten())
+        for features, following in ((16 * (pixels // 4) ** 2, 120), (120, 84)):
+            layers += [nn.Linear(features, following, bias=False), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(84, 10, bias=False))
+    return convolutional_layers(recipe.dropout, recipe.batch_norm)
+
+
+def data_of(recipe: Recipe) -> DigitsDataModule:
+    """Return a recipe's data, with batches of its size."""
+    if recipe.data == "digits":
+        return DigitsDataModule(recipe.batch_size)
+    return Mnist5kDataModule(recipe.batch_size, recipe.num_train, recipe.pixels)
+
+
+class PointsMonitor(FlatnessMonitor):
+    """Measures flatness, losses and accuracies at the points of a recipe, and stops training after the last."""
+
+    def __init__(self, recipe: Recipe, data: DigitsDataModule) -> None:
+        metrics = {name: MEASURES[name]() for name in recipe.measures}
+        super().__init__(metrics, every_n_epochs=None, probe_size=len(data.train_set), probe_batch_size=500)
+        self.data = data
+        self.pending = list(recipe.points)
+        self.next_look = 1
+        self.rows: list[dict[str, Any]] = []
+
+    def measure_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, on_step: bool) -> None:
+        """Leave out the measurement before training."""
+        if trainer.global_step > 0:
+            super().measure_and_log(trainer, pl_module, on_step=on_step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        targets = {p: float(p.removeprefix("loss=")) for p in self.pending if p.startswith("loss=")}
+        reached = [point for point in self.pending if point == f"step={trainer.global_step}"]
+        if targets and trainer.global_step >= self.next_look:
+            loss, _ = loss_and_accuracy(pl_module, self.data.train_set.tensors)
+            reached += [point for point, target in targets.items() if loss <= target]
+            self.next_look += self._steps_to_next_look(loss / max(targets.values()), trainer.num_training_batches)
+        if reached:
+            self._add_rows(reached, trainer, pl_module)
+        if not self.pending:
+            trainer.should_stop = True
+
+    def _steps_to_next_look(self, above: float, num_batches: int) -> int:
+        """Look after every step when the target is near, so that all runs are measured at nearly the same loss."""
+        if above <= 1.5:
+            return 1
+        return max(1, num_batches // (4 if above <= 4 else 1))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say which points were not reached."""
+        for point in self.pending:
+            self.rows.append({"point": point, "reached": False})
+
+    def _add_rows(self, points: list[str], trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        row = self._losses(trainer, pl_module)
+        if not math.isfinite(row["train_loss"]):
+            return  # diverged: there is nothing to measure, and the points count as not reached
+        self.measure_and_log(trainer, pl_module, on_step=True)
+        for name, metric in self.metrics.items():
+            row |= {name: float(metric.compute()), f"{name}_error": float(metric.error)}
+            row[f"{name}_converged"] = bool(metric.converged)
+        self.rows += [{"point": point} | row for point in points]
+        self.pending = [point for point in self.pending if point not in points]
+
+    def _losses(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        step = trainer.global_step
+        row: dict[str, Any] = {"reached": True, "epoch": step / trainer.num_training_batches, "step": step}
+        for name, data in (("train", self.data.train_set), ("test", self.data.test_set)):
+            row[f"{name}_loss"], row[f"{name}_accuracy"] = loss_and_accuracy(pl_module, data.tensors)
+        return row
+
+
+@torch.no_grad()
+def loss_and_accuracy(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[float, float]:
+    """Return mean loss and accuracy in percent over all samples, in evaluation mode."""
+    x, y = tensors
+    training = module.training
+    logits = torch.cat([module.eval()(part) for part in x.split(500)])
+    module.train(training)
+    return float(F.cross_entropy(logits, y)), 100 * float((logits.argmax(dim=1) == y).double().mean())
+
+
+def train_and_measure(setting: str, seed: int, recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+    """Train from the weights that belong to ``seed``, log for TensorBoard into ``folder``, return a row per point."""
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left would be mixed into the curves
+    data = data_of(recipe)
+    monitor = PointsMonitor(recipe, data)
+    pl.seed_everything(seed, verbose=False)
+    trainer = pl.Trainer(
+        max_epochs=-1,
+        max_steps=recipe.max_steps,
+        accelerator="cpu",
+        callbacks=[monitor, *([SharpnessAwareMinimization(rho=recipe.rho)] if recipe.rho else [])],
+        logger=TensorBoardLogger(folder.parent.parent, name=folder.parent.name, version=folder.name),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=-(-100 * recipe.batch_size // len(data.train_set)),
+        log_every_n_steps=10,
+    )
+    trainer.fit(RecipeModule(recipe, data.train_set[0][0].shape[-1]), data)
+    place = {"setting": setting, "seed": seed}
+    return [place | {k: _number(v) for k, v in row.items()} for row in monitor.rows]
+
+
+def _number(value: Any) -> Any:
+    """Return None for what JSON does not know: a diverged run has no numbers."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
