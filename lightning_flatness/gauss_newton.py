@@ -170,6 +170,26 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
+def output_loss_of(landscape: Any, purpose: str) -> OutputLoss:
+    """Return the loss function of a landscape, or say that it has to tell the outputs from the loss.
+
+    Args:
+        landscape: Has a ``module`` and a ``loss_fn``.
+        purpose: What asks for it.
+
+    Raises:
+        TypeError: If the ``loss_fn`` is none.
+    """
+    if isinstance(landscape.loss_fn, OutputLoss):
+        return landscape.loss_fn
+    got = "a training_step" if hasattr(landscape.module, "training_step") else type(landscape.loss_fn).__name__
+    raise TypeError(
+        f"Expected an OutputLoss as `loss_fn` for {purpose}, which has to know the outputs of the network, got {got}. "
+        "Pass loss_fn=OutputLoss(torch.nn.functional.cross_entropy), with outputs=lambda module, batch: ... and "
+        "targets=lambda batch: ... where batches are not (inputs, targets)."
+    )
+
+
 def normalized_logits(output_loss: OutputLoss) -> OutputLoss:
     """Return the loss of logits that are divided, sample by sample, by their standard deviation over the classes.
 

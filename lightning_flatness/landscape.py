@@ -7,66 +7,27 @@ is a mean over *samples* (of all batches and all ranks), and evaluating it leave
 from __future__ import annotations
 
 import copy
-import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import reduce
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_flatness.batches import copy_batch, infer_batch_size, prepare_batch, slice_samples, tensors_in
-from lightning_flatness.gauss_newton import Linearization, OutputLoss, normalized_logits
+from lightning_flatness.batches import copy_batch, infer_batch_size, prepare_batch, slice_samples
+from lightning_flatness.cost import Cost
+from lightning_flatness.engines import EngineName, GraphStore, Products, check_engine, kept_gradient
+from lightning_flatness.gauss_newton import normalized_logits, output_loss_of
 from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
 from lightning_flatness.isolation import DifferentiableWeightNorm, Isolation, Mode, isolated, preserved_rng
 from lightning_flatness.loss import LossFunction, check_loss, loss_in, trainable_parameters, training_step_of
 from lightning_flatness.per_sample import gradients_by_vmap
-from lightning_flatness.second_derivatives import (
-    NotTwiceDifferentiableError,
-    counted_bytes,
-    from_autograd,
-    graph_nodes,
-    second_derivative_error,
-)
-
-Differentiation = Literal["auto", "exact", "finite_difference"]
-
-
-@dataclass
-class Cost:
-    """What has been evaluated on the whole set of samples.
-
-    Attributes:
-        num_products: Hessian-vector products.
-        gradient_evaluations: Everything, in gradients: a loss counts one third, a Hessian-vector product two,
-            and one more where its graph had to be built.
-    """
-
-    num_products: int = 0
-    gradient_evaluations: float = 0.0
-
-
-@dataclass
-class _Graph:
-    """The gradient of one batch's loss with its graph, ready to be differentiated again."""
-
-    gradient: tuple[Tensor | None, ...]
-    num_bytes: int
-
-
-@dataclass
-class _OutputGraph:
-    """The outputs of one batch with their graph, ready for Gauss-Newton products."""
-
-    linearization: Linearization
-    num_bytes: int
+from lightning_flatness.ranks import rank_and_world_size, sum_over_ranks, total_count
+from lightning_flatness.second_derivatives import Operators
 
 
 class LossLandscape:
@@ -89,7 +50,8 @@ class LossLandscape:
             :class:`OutputLoss` is needed for what looks at the outputs (:meth:`ggnvp`, normalised logits).
         mode: ``"eval"`` (dropout off, running statistics) or ``"train"`` (dropout with fixed masks, batch
             statistics).
-        differentiation: How Hessian-vector products are made. ``"exact"``: by differentiating twice.
+        engine: How Hessian-vector products are made. ``"exact"``: by differentiating twice; the graphs of batches are
+            kept between products as far as ``graph_memory`` goes (``"kept"``: all of them; ``"rebuilt"``: none).
             ``"finite_difference"``: central differences of the gradient. ``"auto"``: exact, and finite
             differences, with a warning, if an operator has no second derivative.
         graph_memory: Bytes of gradient graphs that are kept between Hessian-vector products of one measurement.
@@ -131,17 +93,16 @@ class LossLandscape:
         loss_fn: LossFunction | None = None,
         *,
         mode: Mode = "eval",
-        differentiation: Differentiation = "auto",
+        engine: EngineName = "auto",
         graph_memory: int = 2**30,
         batch_size_fn: Callable[[Any], int] | None = None,
         seed: int = 0,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
     ) -> None:
-        check_options(mode, differentiation)
+        check_options(mode, engine)
         self.module = module.module if isinstance(module, DistributedDataParallel) else module
         self.loss_fn = loss_fn if loss_fn is not None else training_step_of(self.module)
         self.mode: Mode = mode
-        self.differentiation: Differentiation = differentiation
         self.graph_memory = graph_memory
         self.seed = seed
         self.optimizer = optimizer
@@ -158,16 +119,23 @@ class LossLandscape:
             self.batches = [prepare_batch(batch, self.device) for batch in batches]
         size_of = batch_size_fn if batch_size_fn is not None else infer_batch_size
         self.batch_sizes = [size_of(batch) for batch in self.batches]
-        self.num_samples = self._total(sum(self.batch_sizes))
+        self.num_samples = total_count(sum(self.batch_sizes), self.device)
         if self.num_samples == 0:
             raise ValueError("Expected at least one sample in `batches`, got none. Check the loader or the probe.")
+        self.operators = Operators()
+        self.graphs: GraphStore | None = None
+        self._products = Products(engine)
         self._isolation: Isolation | None = None
-        self._graphs: list[_Graph | None] | None = None
-        self._output_graphs: list[_OutputGraph | None] | None = None
         self._gradient: Tensor | None = None
         self._charts: dict[str | Geometry, Chart] = {}
-        self._step_factor: float | None = None
-        self._is_inspected = self._has_custom_functions = self._has_weight_norm = self._is_verified = False
+
+    @property
+    def engine(self) -> str:
+        """What made the last Hessian-vector product; before the first one what was asked for.
+
+        ``"kept"``, ``"rebuilt"`` or ``"kept+rebuilt"`` (for some batches each), ``"finite_difference"``.
+        """
+        return self._products.engine
 
     # ----------------------------------------------------------------------------------------- one measurement
 
@@ -187,35 +155,35 @@ class LossLandscape:
                 yield self
             return
         with isolated(self.module, self.mode, self.device, self.seed) as self._isolation:
-            self._graphs = [None] * len(self.batches)
-            self._output_graphs = [None] * len(self.batches)
+            self.graphs = GraphStore(self._products.budget(self.graph_memory))
             try:
                 yield self
             finally:
-                self._isolation = self._graphs = self._output_graphs = self._gradient = None
+                self._isolation = self.graphs = self._gradient = None
                 self._charts.clear()
 
     @contextmanager
-    def displaced(self, displacement: Tensor) -> Iterator[None]:
-        """Evaluate at ``w + displacement`` inside the block; the weights come back bit for bit.
+    def displaced(self, displacement: Tensor, scale: float = 1.0) -> Iterator[None]:
+        """Evaluate at ``w + scale · displacement`` inside the block; the weights come back bit for bit.
 
         The parameters' storage is exchanged, not written to, so nothing is rounded.
 
         Args:
             displacement: Flat vector, shape (num_parameters,).
+            scale: Factor of it.
         """
         self._check_vector("displacement", displacement)
         originals = [p.data for p in self.parameters]
-        here = self._graphs, self._output_graphs, self._gradient, self._charts
-        self._graphs, self._output_graphs, self._gradient, self._charts = None, None, None, {}
+        here = self.graphs, self._gradient, self._charts
+        self.graphs, self._gradient, self._charts = None, None, {}
         try:
             for p, original, change in zip(self.parameters, originals, self.unflatten(displacement), strict=True):
-                p.data = (original + change).to(original.dtype)
+                p.data = torch.add(original, change, alpha=scale).to(original.dtype)
             yield
         finally:
             for p, original in zip(self.parameters, originals, strict=True):
                 p.data = original
-            self._graphs, self._output_graphs, self._gradient, self._charts = here
+            self.graphs, self._gradient, self._charts = here
 
     def chart(self, geometry: str | Geometry) -> Chart:
         """Return the coordinates of ``geometry`` around the current weights.
@@ -253,7 +221,7 @@ class LossLandscape:
         """
         if self._isolation is None:
             raise RuntimeError("Expected `sub_batches` inside a measurement. Open `with landscape.measurement():`.")
-        world_size, rank = (dist.get_world_size(), dist.get_rank()) if _is_distributed() else (1, 0)
+        rank, world_size = rank_and_world_size()
         num_local = sum(self.batch_sizes)
         bounds = [max(0, -(-(i - rank) // world_size)) for i in range(0, self.num_samples, num_samples)]
         stops = [*bounds[1:], max(num_local, bounds[-1])]
@@ -268,8 +236,8 @@ class LossLandscape:
                 batches.append(slice_samples(batch, size, low, high))
                 sizes.append(high - low)
             first += size
-        num_samples = self._total(sum(sizes))
-        return self._derived(batches=batches, batch_sizes=sizes, num_samples=num_samples, cost=Cost(), _graphs=None)
+        num_samples = total_count(sum(sizes), self.device)
+        return self._derived(batches=batches, batch_sizes=sizes, num_samples=num_samples, cost=Cost())
 
     def with_normalized_logits(self) -> LossLandscape:
         """Return the landscape of the loss on logits divided by their standard deviation over the classes.
@@ -280,12 +248,18 @@ class LossLandscape:
         Raises:
             TypeError: If the ``loss_fn`` does not tell the outputs from the loss.
         """
-        loss_fn = normalized_logits(self._output_loss("normalize_logits=True"))
-        return self._derived(loss_fn=loss_fn, _graphs=None if self._graphs is None else [None] * len(self.batches))
+        loss_fn = normalized_logits(output_loss_of(self, "normalize_logits=True"))
+        return self._derived(loss_fn=loss_fn, graphs=None if self.graphs is None else GraphStore(self.graphs.room))
 
     def _derived(self, **changes: Any) -> LossLandscape:
         derived = copy.copy(self)
-        derived.__dict__.update(_output_graphs=None, _gradient=None, _step_factor=None, **changes)
+        fresh = {
+            "graphs": None,
+            "_gradient": None,
+            "_products": self._products.fresh(),
+            "operators": replace(self.operators),
+        }
+        derived.__dict__.update(fresh | changes)
         return derived
 
     # ---------------------------------------------------------------------------------------------- quantities
@@ -307,10 +281,10 @@ class LossLandscape:
 
         def local(index: int) -> list[Tensor]:
             with torch.no_grad():
-                return [self._batch_loss(index, allow_non_finite)]
+                return [self.batch_loss(index, allow_non_finite=allow_non_finite)]
 
         with self.measurement():
-            return self._mean_over_samples(local, 1)[0]
+            return self.mean_over_samples(local, 1)[0]
 
     def gradient(self) -> Tensor:
         """Return the gradient of ``L`` at ``w``, shape (num_parameters,).
@@ -322,15 +296,14 @@ class LossLandscape:
             return self._gradient.clone()
 
         def local(index: int) -> Sequence[Tensor | None]:
-            kept = None if self._graphs is None else self._graphs[index]
-            if kept is not None:
-                return kept.gradient
-            self.cost.gradient_evaluations += self.batch_sizes[index] / max(1, sum(self.batch_sizes))
-            return torch.autograd.grad(self._batch_loss(index), self.parameters, allow_unused=True)
+            if (kept := kept_gradient(self, index)) is not None:
+                return kept
+            self.cost.add_batch_gradient(index, self.batch_sizes)
+            return torch.autograd.grad(self.batch_loss(index), self.parameters, allow_unused=True)
 
         with self.measurement():
-            gradient = self._mean_over_samples(local, self.num_parameters)
-            if self._graphs is not None:  # not at displaced weights
+            gradient = self.mean_over_samples(local, self.num_parameters)
+            if self.graphs is not None:  # not at displaced weights
                 self._gradient = gradient
             return gradient.clone()
 
@@ -339,11 +312,11 @@ class LossLandscape:
         self.cost.gradient_evaluations += 1
 
         def local(index: int) -> Sequence[Tensor | None]:
-            loss = self._batch_loss(index)
+            loss = self.batch_loss(index)
             return [loss, *torch.autograd.grad(loss, self.parameters, allow_unused=True)]
 
         with self.measurement():
-            both = self._mean_over_samples(local, 1 + self.num_parameters)
+            both = self.mean_over_samples(local, 1 + self.num_parameters)
             return both[0].clone(), both[1:].clone()
 
     def hvp(self, v: Tensor) -> Tensor:
@@ -359,18 +332,11 @@ class LossLandscape:
 
         Raises:
             NotTwiceDifferentiableError: If an operator has no second derivative and
-                ``differentiation="exact"``.
+                the engine was chosen by name.
         """
         self._check_vector("v", v)
         with self.measurement():
-            if self.differentiation != "finite_difference":
-                try:
-                    product = self._exact_hvp(v)
-                    self._verify_custom_functions(v, product)
-                    return product
-                except NotTwiceDifferentiableError as error:
-                    self._fall_back(error)
-            return self._finite_difference_hvp(v)
+            return self._products.hessian(self, v)
 
     def ggnvp(self, v: Tensor) -> Tensor:
         """Return ``Jᵀ B J v``, the product of the Gauss-Newton matrix of ``L`` at ``w`` with a vector.
@@ -387,18 +353,12 @@ class LossLandscape:
         Raises:
             TypeError: If the ``loss_fn`` is not an :class:`OutputLoss`.
             NotTwiceDifferentiableError: If an operator has no second derivative and
-                ``differentiation="exact"``.
+                the engine was chosen by name.
         """
         self._check_vector("v", v)
-        output_loss = self._output_loss("the Gauss-Newton matrix, operator='ggn'")
-        pieces = self.unflatten(v)
+        output_loss_of(self, "the Gauss-Newton matrix, operator='ggn'")
         with self.measurement():
-            if self.differentiation != "finite_difference":
-                try:
-                    return self._gauss_newton(lambda index: self._batch_ggnvp(output_loss, index, pieces))
-                except NotTwiceDifferentiableError as error:
-                    self._fall_back(error)
-            return self._gauss_newton(lambda index: self._finite_difference_ggnvp(output_loss, index, v))
+            return self._products.gauss_newton(self, v)
 
     def gradients_of_samples(self, index: int, start: int, stop: int, *, vectorized: bool) -> Tensor:
         """Return the gradients of the losses of single samples, to be used inside one :meth:`measurement`.
@@ -412,207 +372,35 @@ class LossLandscape:
         Returns:
             Shape (stop - start, num_parameters).
         """
-        assert self._isolation is not None
-        batch, size = self._fresh_batch(index), self.batch_sizes[index]
+        batch, size = self.fresh_batch(index), self.batch_sizes[index]
         if vectorized:
-            with self._isolation.forward_pass(index):
+            with self.forward_pass(index):
                 return gradients_by_vmap(self.module, self.loss_fn, batch, size, start, stop).to(self.dtype)
         gradients = torch.zeros(stop - start, self.num_parameters, dtype=self.dtype, device=self.device)
         for i, row in enumerate(gradients, start=start):
-            with self._isolation.forward_pass(index):
+            with self.forward_pass(index):
                 output = self.loss_fn(self.module, copy_batch(slice_samples(batch, size, i, i + 1)))
-            loss = check_loss(loss_in(output))
-            for view, piece in zip(
-                self.unflatten(row), torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True
-            ):
+            pieces = torch.autograd.grad(check_loss(loss_in(output)), self.parameters, allow_unused=True)
+            for view, piece in zip(self.unflatten(row), pieces, strict=True):
                 if piece is not None:
                     view.copy_(piece)
         return gradients
 
-    # ------------------------------------------------------------------------------------------------ products
-
-    def _gauss_newton(self, local: Callable[[int], Sequence[Tensor | None]]) -> Tensor:
-        product = self._mean_over_samples(local, self.num_parameters)
-        self.cost.num_products += 1
-        self.cost.gradient_evaluations += 2
-        return product
-
-    def _batch_ggnvp(self, output_loss: OutputLoss, index: int, pieces: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        kept = None if self._output_graphs is None else self._output_graphs[index]
-        graph = kept if kept is not None else self._linearized_batch(output_loss, index)
-        if kept is None and self._output_graphs is not None and self._has_room_for(graph.num_bytes):
-            self._output_graphs[index] = kept = graph
-        try:
-            return graph.linearization.product(pieces, keep=kept is not None)
-        except RuntimeError as error:
-            raise from_autograd(error) from error
-
-    def _linearized_batch(self, output_loss: OutputLoss, index: int) -> _OutputGraph:
-        assert self._isolation is not None
-        with counted_bytes() as storages:
-            with self._isolation.forward_pass(index), DifferentiableWeightNorm():
-                linearization = Linearization(output_loss, self.module, self._fresh_batch(index), self.parameters)
-            check_loss(linearization.loss)
-            try:
-                linearization.pulled_back()
-            except RuntimeError as error:
-                raise from_autograd(error) from error
-        nodes = (node for f in linearization.outputs for node in graph_nodes(f))
-        if any(isinstance(node, BackwardCFunction) for node in nodes) and not linearization.is_adjoint():
-            raise second_derivative_error("a torch.autograd.Function whose backward is not differentiable.")
-        self.cost.gradient_evaluations += self.batch_sizes[index] / max(1, sum(self.batch_sizes))
-        return _OutputGraph(linearization, sum(storages.values()))
-
-    def _finite_difference_ggnvp(self, output_loss: OutputLoss, index: int, v: Tensor) -> Sequence[Tensor | None]:
-        """Take ``J v`` as a central difference of the outputs; ``Jᵀ`` and ``B`` need no second derivative of them."""
-        norm = float(torch.linalg.vector_norm(v))
-        if norm == 0:
-            return [None] * len(self.parameters)
-        weights = math.hypot(*(float(torch.linalg.vector_norm(p.detach())) for p in self.parameters))
-        step = torch.finfo(self.dtype).eps ** (1 / 3) * (1 + weights) / norm
-        self.product_error = max(self.product_error, 10 * torch.finfo(self.dtype).eps ** (2 / 3))
-        sides = []
-        for sign in (1, -1):
-            with self.displaced(sign * step * v), torch.no_grad():
-                assert self._isolation is not None
-                with self._isolation.forward_pass(index):
-                    outputs = output_loss.outputs(self.module, self._fresh_batch(index))
-                sides.append([t.clone() for t in tensors_in(outputs)])
-        assert self._isolation is not None
-        with self._isolation.forward_pass(index):
-            linearization = Linearization(output_loss, self.module, self._fresh_batch(index), self.parameters)
-        jv = [(f - b) / (2 * step) for f, b, used in zip(*sides, linearization.is_used, strict=True) if used]
-        return linearization.product_from(jv, keep=False)
-
-    def _output_loss(self, purpose: str) -> OutputLoss:
-        if isinstance(self.loss_fn, OutputLoss):
-            return self.loss_fn
-        raise TypeError(
-            f"Expected an OutputLoss as `loss_fn` for {purpose}, which has to know the outputs of the network, got "
-            f"{'a training_step' if hasattr(self.module, 'training_step') else type(self.loss_fn).__name__}. Pass "
-            "loss_fn=OutputLoss(torch.nn.functional.cross_entropy), with outputs=lambda module, batch: ... and "
-            "targets=lambda batch: ... where batches are not (inputs, targets)."
-        )
-
-    def _has_room_for(self, num_bytes: int) -> bool:
-        kept: list[_Graph | _OutputGraph | None] = [*(self._graphs or ()), *(self._output_graphs or ())]
-        return sum(graph.num_bytes for graph in kept if graph is not None) + num_bytes <= self.graph_memory
-
-    def _exact_hvp(self, v: Tensor) -> Tensor:
-        pieces = self.unflatten(v)
-        product = self._mean_over_samples(lambda index: self._batch_hvp(index, pieces), self.num_parameters)
-        self.cost.num_products += 1
-        self.cost.gradient_evaluations += 2
-        return product
-
-    def _batch_hvp(self, index: int, pieces: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        kept = None if self._graphs is None else self._graphs[index]
-        graph = kept if kept is not None else self._differentiated_batch(index)
-        if kept is None and self._graphs is not None and self._has_room_for(graph.num_bytes):
-            self._graphs[index] = kept = graph
-        active = [(g, v) for g, v in zip(graph.gradient, pieces, strict=True) if g is not None and g.requires_grad]
-        if not active:  # the loss is linear in the weights
-            return [None] * len(pieces)
-        outputs, directions = zip(*active, strict=True)
-        try:
-            return torch.autograd.grad(
-                outputs, self.parameters, directions, retain_graph=kept is not None, allow_unused=True
-            )
-        except RuntimeError as error:
-            raise from_autograd(error) from error
-
-    def _differentiated_batch(self, index: int) -> _Graph:
-        with counted_bytes() as storages:
-            loss = self._batch_loss(index)
-            if not self._is_inspected and self._must_rewrite(loss):
-                loss = self._batch_loss(index)
-            try:
-                gradient = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-            except RuntimeError as error:
-                raise from_autograd(error) from error
-        self.cost.gradient_evaluations += self.batch_sizes[index] / max(1, sum(self.batch_sizes))
-        return _Graph(gradient, sum(storages.values()))
-
-    def _must_rewrite(self, loss: Tensor) -> bool:
-        """Look for operators whose second derivative may be wrong; return whether one was replaced."""
-        operators = [type(node) if isinstance(node, BackwardCFunction) else node.name() for node in graph_nodes(loss)]
-        self._is_inspected = True
-        self._has_custom_functions = any(isinstance(operator, type) for operator in operators)
-        self._has_weight_norm = "WeightNormInterfaceBackward0" in operators
-        return self._has_weight_norm
-
-    def _verify_custom_functions(self, v: Tensor, product: Tensor) -> None:
-        """Compare the first product with finite differences if the module uses ``torch.autograd.Function``.
-
-        The derivative of such a function's ``backward`` can be missing without an error (even where it is marked as
-        ``once_differentiable``, autograd skips the node that would raise); built-in operators have it or raise.
-        """
-        if self._is_verified or not self._has_custom_functions:
-            return
-        self._is_verified = True
-        numeric = self._finite_difference_hvp(v)
-        error, self.product_error = self.product_error, 0.0
-        difference = torch.linalg.vector_norm(product - numeric)
-        if difference > max(_VERIFICATION_TOLERANCE, 5 * error) * torch.linalg.vector_norm(numeric):
-            self.product_error = error
-            raise second_derivative_error("a torch.autograd.Function whose backward is not differentiable.")
-
-    def _fall_back(self, error: NotTwiceDifferentiableError) -> None:
-        if self.differentiation == "exact":
-            raise error
-        self.differentiation = "finite_difference"
-        warnings.warn(
-            f"{error} Using central finite differences of the gradient instead; their estimated error is added to "
-            "the reported one. Pass differentiation='finite_difference' to choose them without this warning.",
-            stacklevel=4,
-        )
-
-    def _finite_difference_hvp(self, v: Tensor) -> Tensor:
-        norm = float(torch.linalg.vector_norm(v))
-        if norm == 0:
-            return torch.zeros_like(v)
-        if self._step_factor is None:
-            self._choose_step(v / norm)
-        product = norm * self._central_difference(v / norm, self._step_factor)
-        self.cost.num_products += 1
-        return product
-
-    def _central_difference(self, direction: Tensor, step: float | None) -> Tensor:
-        assert step is not None
-        with self.displaced(step * direction):
-            forward = self.gradient()
-        with self.displaced(-step * direction):
-            backward = self.gradient()
-        return (forward - backward) / (2 * step)
-
-    def _choose_step(self, direction: Tensor) -> None:
-        """Halve the step as long as that changes the result less each time; keep the change as the error.
-
-        Truncation shrinks with the square of the step and rounding grows with its inverse, so the change
-        between neighbouring steps has its minimum where the two balance.
-        """
-        weights = math.hypot(*(float(torch.linalg.vector_norm(p.detach())) for p in self.parameters))
-        step = torch.finfo(self.dtype).eps ** (1 / 4) * (1 + weights)
-        previous = self._central_difference(direction, step)
-        best = math.inf
-        for _ in range(12):
-            current = self._central_difference(direction, step / 4)
-            change = float(torch.linalg.vector_norm(current - previous))
-            if change >= best:
-                break
-            scale = float(torch.linalg.vector_norm(current))
-            best, step, previous = change, step / 4, current
-            self._step_factor, self.product_error = step, change / scale if scale > 0 else 0.0
-        if self._step_factor is None:
-            self._step_factor = step
-
     # ------------------------------------------------------------------------------------------------- samples
 
-    def _batch_loss(self, index: int, allow_non_finite: bool = False) -> Tensor:
-        assert self._isolation is not None
-        rewriting = DifferentiableWeightNorm() if self._has_weight_norm else nullcontext()
-        batch = self._fresh_batch(index)
-        with self._isolation.forward_pass(index), rewriting:
+    def batch_loss(self, index: int, *, allow_non_finite: bool = False) -> Tensor:
+        """Return the mean loss over the samples of a batch, to be used inside one :meth:`measurement`.
+
+        Args:
+            index: Which of this rank's batches.
+            allow_non_finite: See :meth:`loss`.
+
+        Returns:
+            A scalar, with its graph.
+        """
+        rewriting = DifferentiableWeightNorm() if self.operators.has_weight_norm else nullcontext()
+        batch = self.fresh_batch(index)
+        with self.forward_pass(index), rewriting:
             output = self.loss_fn(self.module, batch)
         loss = check_loss(loss_in(output), allow_non_finite)
         if torch.is_grad_enabled() and not loss.requires_grad:
@@ -622,14 +410,24 @@ class LossLandscape:
             )
         return loss
 
-    def _fresh_batch(self, index: int) -> Any:
+    def forward_pass(self, index: int) -> AbstractContextManager[None]:
+        """Guard one evaluation of the module on a batch, inside one :meth:`measurement`."""
+        assert self._isolation is not None
+        return self._isolation.forward_pass(index)
+
+    def fresh_batch(self, index: int) -> Any:
         """Return a copy of a batch: user code may write into its batch, or pop from it."""
         return copy_batch(self.batches[index])
 
-    def _mean_over_samples(self, local: Callable[[int], Sequence[Tensor | None]], size: int) -> Tensor:
+    def mean_over_samples(self, local: Callable[[int], Sequence[Tensor | None]], size: int) -> Tensor:
         """Return ``sum_b n_b f_b / N`` over the batches of all ranks, with one all-reduce.
 
-        ``local`` returns the scalars of a batch, then a piece per parameter if ``size`` has room for them.
+        Args:
+            local: Returns ``f_b`` of a batch: scalars, then a piece per parameter if ``size`` has room for them.
+            size: Number of entries of ``f_b``.
+
+        Returns:
+            Shape (size,).
         """
         num_scalars = size - self.num_parameters if size >= self.num_parameters else size
 
@@ -646,9 +444,6 @@ class LossLandscape:
     def sum_over_ranks(self, add: Callable[[Tensor], None], size: int) -> Tensor:
         """Return the sum over all ranks of what each adds to a vector of zeros, with one all-reduce.
 
-        Three more entries tell the other ranks what all of them have to react to: a failure, an operator without a
-        second derivative, a custom function. Without them one rank would leave the others waiting.
-
         Args:
             add: Adds this rank's part to a vector of shape (size,), in place; what it raises, all ranks raise.
             size: Length of the vector.
@@ -656,31 +451,10 @@ class LossLandscape:
         Returns:
             The sum, shape (size,), the same on all ranks.
         """
-        total = torch.zeros(size + 3, dtype=self.dtype, device=self.device)
-        failure: Exception | None = None
-        try:
-            add(total[:size])
-        except Exception as error:
-            failure = error
-            total[size + int(isinstance(error, NotTwiceDifferentiableError))] = 1
-        if _is_distributed():
-            total[size + 2] = self._has_custom_functions
-            dist.all_reduce(total)
-            *num_failures, num_custom = total[size:].tolist()
-            failure = _common_failure(failure, num_failures)
-            self._has_custom_functions = num_custom > 0
-        if failure is not None:
-            raise failure
+        total = sum_over_ranks(add, size, self.operators, self.dtype, self.device)
         if self.on_evaluation is not None:
             self.on_evaluation()
-        return total[:size]
-
-    def _total(self, count: int) -> int:
-        if not _is_distributed():
-            return count
-        total = torch.tensor([count], dtype=torch.int64, device=self.device)
-        dist.all_reduce(total)
-        return int(total)
+        return total
 
     # ------------------------------------------------------------------------------------------------- vectors
 
@@ -704,41 +478,20 @@ class LossLandscape:
             )
 
 
-def check_options(mode: str, differentiation: str) -> None:
+def check_options(mode: str, engine: str) -> None:
     """Check the options of a landscape that are one of a few words.
 
     Args:
         mode: See :class:`LossLandscape`.
-        differentiation: See :class:`LossLandscape`.
+        engine: See :class:`LossLandscape`.
 
     Raises:
         ValueError: If one is not.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"Expected `mode` to be 'eval' or 'train', got {mode!r}.")
-    if differentiation not in get_args(Differentiation):
-        raise ValueError(
-            f"Expected `differentiation` to be 'auto', 'exact' or 'finite_difference', got {differentiation!r}."
-        )
-
-
-def _common_failure(own: Exception | None, counts: list[float]) -> Exception | None:
-    """Return what this rank is to raise, so that all ranks raise, or fall back, together."""
-    num_failed, num_without_second_derivative = counts
-    if num_failed:
-        is_own = own is not None and not isinstance(own, NotTwiceDifferentiableError)
-        return own if is_own else RuntimeError("Evaluating the loss failed on another rank; see its error.")
-    if num_without_second_derivative:
-        return own or NotTwiceDifferentiableError("An operator on another rank has no second derivative.")
-    return None
-
-
-_VERIFICATION_TOLERANCE = 0.05
+    check_engine(engine)
 
 
 def _vector_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 
 _NO_SECOND_DERIVATIVE = re.compile(
@@ -30,14 +32,48 @@ def second_derivative_error(reason: str) -> NotTwiceDifferentiableError:
     """Return the error that names what has no second derivative, and says what to do."""
     return NotTwiceDifferentiableError(
         f"Expected operators with a second derivative, got one without: {reason} Replace the operator, or pass "
-        "differentiation='finite_difference' to differentiate the gradient numerically."
+        "engine='finite_difference' to differentiate the gradient numerically."
     )
 
 
-def graph_nodes(loss: Tensor) -> set[Any]:
-    """Return the nodes of the graph of a loss."""
+@dataclass
+class Operators:
+    """What the graph of a loss was found to be made of, as far as second derivatives may be wrong.
+
+    Attributes:
+        is_inspected: Whether somebody has looked.
+        has_custom_functions: The derivative of the ``backward`` of a ``torch.autograd.Function`` can be missing without
+            an error (even where it is marked as ``once_differentiable``, autograd skips the node that would raise);
+            built-in operators have it or raise.
+        is_verified: Whether a product has been compared with finite differences, if there are custom functions.
+        has_weight_norm: The fused operator has a wrong second derivative and is to be replaced.
+    """
+
+    is_inspected: bool = False
+    has_custom_functions: bool = False
+    is_verified: bool = False
+    has_weight_norm: bool = False
+
+    def must_rewrite(self, loss: Tensor) -> bool:
+        """Look at the graph of a loss, once; return whether an operator in it is to be replaced."""
+        if self.is_inspected:
+            return False
+        nodes = graph_nodes([loss])
+        self.is_inspected = True
+        self.has_custom_functions = has_custom_functions(nodes)
+        self.has_weight_norm = any(node.name() == "WeightNormInterfaceBackward0" for node in nodes)
+        return self.has_weight_norm
+
+
+def has_custom_functions(nodes: Iterable[Any]) -> bool:
+    """Return whether a ``torch.autograd.Function`` of somebody's own is among the nodes of a graph."""
+    return any(isinstance(node, BackwardCFunction) for node in nodes)
+
+
+def graph_nodes(outputs: Iterable[Tensor]) -> set[Any]:
+    """Return the nodes of the graph of some tensors."""
     nodes: set[Any] = set()
-    pending: list[Any] = [loss.grad_fn]
+    pending: list[Any] = [output.grad_fn for output in outputs]
     while pending:
         node = pending.pop()
         if node is not None and node not in nodes:

@@ -83,7 +83,7 @@ def once(out: Path) -> None:
     landscape = LossLandscape(module, problem.batches if rank else [], problem.loss_fn)
     metric = TopEigenvalues(tol=1e-6)
     metric.update(landscape)
-    (out / f"rank{rank}.json").write_text(json.dumps([landscape.differentiation, metric.compute().tolist()]))
+    (out / f"rank{rank}.json").write_text(json.dumps([landscape.engine, metric.compute().tolist()]))
     dist.destroy_process_group()
 
 

@@ -170,7 +170,7 @@ def test_finite_differences_agree():
     problem = make_problem("tanh_mlp")
     v = torch.randn(problem.num_parameters, dtype=torch.float64)
     exact, numeric = (
-        LossLandscape(problem.module, problem.batches, OutputLoss(F.cross_entropy), differentiation=d)
+        LossLandscape(problem.module, problem.batches, OutputLoss(F.cross_entropy), engine=d)
         for d in ("exact", "finite_difference")
     )
     product = exact.ggnvp(v)
@@ -219,7 +219,7 @@ def test_a_custom_function_without_a_derivative_of_its_backward_falls_back_to_fi
         product = LossLandscape(module, batches, OutputLoss(F.mse_loss)).ggnvp(v)
     torch.testing.assert_close(product, expected, rtol=1e-6, atol=1e-9)
     with pytest.raises(NotTwiceDifferentiableError, match="Expected operators with a second derivative"):
-        LossLandscape(module, batches, OutputLoss(F.mse_loss), differentiation="exact").ggnvp(v)
+        LossLandscape(module, batches, OutputLoss(F.mse_loss), engine="exact").ggnvp(v)
 
 
 def test_without_outputs_the_error_says_what_to_provide():

@@ -352,8 +352,8 @@ def test_the_monitor_can_be_pickled():
         ({"metrics": {}}, r"Expected `metrics` to be a non-empty dict"),
         ({"metrics": {"loss": 3}}, r"Expected `metrics\['loss'\]` to be a flatness metric such as.*got int"),
         (
-            {"differentiation": "no"},
-            r"Expected `differentiation` to be 'auto', 'exact' or 'finite_difference', got 'no'",
+            {"engine": "no"},
+            r"Expected `engine` to be one of .auto., .exact., .*, got .no.",
         ),
     ],
 )
@@ -447,7 +447,7 @@ def test_an_operator_without_second_derivative(tmp_path):
             return F.cross_entropy(self.net[2](hidden), batch[1])
 
     message = r"Expected operators with a second derivative, got one without"
-    assert_fit_fails(tmp_path, FlatnessMonitor(differentiation="exact"), Once(), RuntimeError, message)
+    assert_fit_fails(tmp_path, FlatnessMonitor(engine="exact"), Once(), RuntimeError, message)
     with pytest.warns(UserWarning, match="finite differences") as caught:
         _, recorder = fit(tmp_path, FlatnessMonitor(), module=Once())
     assert len([w for w in caught if "finite differences" in str(w.message)]) == 1

@@ -128,7 +128,7 @@ def test_val_split_and_every_geometry_leave_no_trace(tmp_path):
 
 
 def test_finite_differences_leave_no_trace(tmp_path):
-    watched = fit(tmp_path, [FlatnessMonitor(differentiation="finite_difference", probe_size=12)])
+    watched = fit(tmp_path, [FlatnessMonitor(engine="finite_difference", probe_size=12)])
     assert_identical(watched, fit(tmp_path, []))
 
 

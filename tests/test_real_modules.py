@@ -37,7 +37,7 @@ def assert_product_is_right(landscape: LossLandscape) -> None:
         backward = landscape.gradient()
     numeric = (forward - backward) / 2e-5
     product = landscape.hvp(v)
-    assert landscape.differentiation != "finite_difference"
+    assert landscape.engine != "finite_difference"
     torch.testing.assert_close(product, numeric, rtol=1e-4, atol=1e-6 * float(numeric.abs().max()))
     with landscape.measurement():
         landscape.hvp(v)
@@ -127,7 +127,7 @@ def test_recurrent_networks(cell):
     torch.manual_seed(0)
     module = Recurrent(cell)
     x, y = torch.randn(4, 6, 3), torch.randn(4, 2)
-    single = LossLandscape(module, [(x, y)], lambda m, b: F.mse_loss(m(b[0]), b[1]), differentiation="exact")
+    single = LossLandscape(module, [(x, y)], lambda m, b: F.mse_loss(m(b[0]), b[1]), engine="exact")
     product = single.hvp(torch.ones(single.num_parameters))
     double = LossLandscape(module.double(), [(x.double(), y.double())], lambda m, b: F.mse_loss(m(b[0]), b[1]))
     assert_product_is_right(double)

@@ -16,10 +16,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_flatness.callbacks.landscape_monitor import LandscapeMonitor
 from lightning_flatness.callbacks.pictures import custom_scalars_layout, log_figure, log_layout
+from lightning_flatness.engines import EngineName
 from lightning_flatness.estimators import UndefinedMeasureError
 from lightning_flatness.geometry import Euclidean, MissingOptimizerStateError, OptimizerGeometry
 from lightning_flatness.isolation import Mode
-from lightning_flatness.landscape import Differentiation, LossLandscape
+from lightning_flatness.landscape import LossLandscape
 from lightning_flatness.loss import LossFunction
 from lightning_flatness.metrics import FlatnessMetric, Preset, SpectralDensity, TopEigenvalues, preset_metrics
 from lightning_flatness.stability import is_preconditioned, stability_edge
@@ -73,7 +74,7 @@ class FlatnessMonitor(LandscapeMonitor):
         mode: Measure the module in ``"eval"`` or in ``"train"`` mode.
         tol: Relative Ritz residual at which the default metrics stop.
         log_key_prefix: Put before every name.
-        differentiation: ``"auto"``, ``"exact"`` or ``"finite_difference"``; see :class:`LossLandscape`.
+        engine: How Hessian-vector products are made, ``"auto"`` by default; see :class:`LossLandscape`.
         seed: Seed of the choice of samples and of all random numbers of a measurement.
 
     Raises:
@@ -98,7 +99,7 @@ class FlatnessMonitor(LandscapeMonitor):
         mode: Mode = "eval",
         tol: float = 1e-2,
         log_key_prefix: str = "flatness/",
-        differentiation: Differentiation = "auto",
+        engine: EngineName = "auto",
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -110,7 +111,7 @@ class FlatnessMonitor(LandscapeMonitor):
             loss_fn=loss_fn,
             mode=mode,
             log_key_prefix=log_key_prefix,
-            differentiation=differentiation,
+            engine=engine,
             seed=seed,
         )
         self.preset: Preset | None = "default" if metrics is None else metrics if isinstance(metrics, str) else None
@@ -155,7 +156,8 @@ class FlatnessMonitor(LandscapeMonitor):
             for name, metric in self.metrics.items():
                 if self._is_measured(name, metric.to(landscape.device), landscape):
                     values |= self._named_values(name, metric)
-        self.differentiation = landscape.differentiation  # what "auto" came down to, so that it warns once
+        if landscape.engine == "finite_difference":
+            self.engine = "finite_difference"  # what "auto" came down to, so that it warns once
         sharpness, edge = self._sharpness_at_the_edge(trainer), stability_edge(trainer.optimizers)
         if sharpness in values and not math.isnan(edge):
             values |= {"stability_edge": edge, "edge_of_stability": values[sharpness] / edge}

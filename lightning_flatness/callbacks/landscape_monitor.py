@@ -12,8 +12,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_flatness.batches import copy_batch
+from lightning_flatness.engines import EngineName
 from lightning_flatness.isolation import Mode, isolated
-from lightning_flatness.landscape import Differentiation, LossLandscape, check_options
+from lightning_flatness.landscape import LossLandscape, check_options
 from lightning_flatness.loss import LossFunction
 from lightning_flatness.probe import SeenBatches, can_index, draw_probe
 
@@ -35,7 +36,7 @@ class LandscapeMonitor(Callback):
         loss_fn: ``loss_fn(module, batch)`` returns the mean loss of a batch. Default: the module's ``training_step``.
         mode: Measure the module in ``"eval"`` or in ``"train"`` mode.
         log_key_prefix: Put before every name.
-        differentiation: See :class:`LossLandscape`.
+        engine: See :class:`LossLandscape`.
         seed: Seed of the choice of samples and of all random numbers of a measurement.
 
     Raises:
@@ -53,7 +54,7 @@ class LandscapeMonitor(Callback):
         loss_fn: LossFunction | None,
         mode: Mode,
         log_key_prefix: str,
-        differentiation: Differentiation,
+        engine: EngineName,
         seed: int,
     ) -> None:
         _check_positive("probe_size", probe_size)
@@ -64,7 +65,7 @@ class LandscapeMonitor(Callback):
             _check_positive("probe_batch_size", probe_batch_size)
         if split not in ("train", "val"):
             raise ValueError(f"Expected `split` to be 'train' or 'val', got {split!r}.")
-        check_options(mode, differentiation)
+        check_options(mode, engine)
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.probe_size = probe_size
@@ -73,7 +74,7 @@ class LandscapeMonitor(Callback):
         self.loss_fn = loss_fn
         self.mode: Mode = mode
         self.log_key_prefix = log_key_prefix
-        self.differentiation: Differentiation = differentiation
+        self.engine: EngineName = engine
         self.seed = seed
         self._probe: list[Any] | None = None
         self._is_transferred = False
@@ -179,7 +180,7 @@ class LandscapeMonitor(Callback):
             batches,
             self.loss_fn,
             mode=self.mode,
-            differentiation=self.differentiation,
+            engine=self.engine,
             seed=self.seed,
             optimizer=trainer.optimizers,
         )

@@ -81,7 +81,7 @@ class LossSurfaceMonitor(LandscapeMonitor):
             loss_fn=loss_fn,
             mode=mode,
             log_key_prefix=log_key_prefix,
-            differentiation="auto",
+            engine="auto",
             seed=seed,
         )
         if directions not in ("random", "eigenvectors"):
