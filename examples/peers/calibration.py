@@ -1,0 +1,105 @@
+"""Which settings of each tool are timed: its default, what it takes for it to converge, the least that is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from peers.report import ALL_KINDS, TARGET_ERROR, Row, relative_error
+from peers.tools import TOOLS, Measured, Settings, Tool
+from peers.workloads import Problem
+
+HELP = "given the math attention kernel by hand"
+NOT_ENOUGH = "nothing tried is enough"
+
+
+@dataclass
+class Candidate:
+    """A tool in one setting, ready to be timed, with what an earlier measurement left for a warm start."""
+
+    tool: Tool
+    row: Row
+    kept: Any = None
+
+    def run(self, problem: Problem, seed: int) -> Measured:
+        with sdpa_kernel(SDPBackend.MATH) if self.row.note == HELP else nullcontext():
+            return self.tool.measure(problem, self.row.k, seed, self.kept, **self.row.options)
+
+    def with_(self, kept: Any = None, **changes: Any) -> Candidate:
+        """Return the same with another row of no numbers yet."""
+        numbers = {"seconds": [], "gradient_seconds": [], "products": [], "errors": [], "peak_bytes": None}
+        kept = self.kept if kept is None else kept
+        return Candidate(self.tool, replace(self.row, **numbers, **changes), kept)
+
+    @property
+    def is_runnable(self) -> bool:
+        return self.row.note in ("", HELP)
+
+
+def calibrated(before: Problem, now: Problem, values: list[float], title: str) -> list[Candidate]:
+    """Try the settings of all tools on one Hessian, untimed.
+
+    Args:
+        before: The network as it was a few steps earlier, for warm starts.
+        now: What is to be measured.
+        values: Its largest eigenvalues.
+        title: Of the workload.
+
+    Returns:
+        What to time, and rows with a note for what cannot be.
+    """
+    k, num_batches, found = len(values), len(now.batches), []
+    for tool in TOOLS:
+        first = Candidate(tool, Row(title, k, num_batches, tool.name, "cheapest", tool.cheapest(k)[0]))
+        if not _can_do(first, now):
+            found.append(first)
+            continue
+        cold = _candidates(first, ALL_KINDS, now, values)
+        found += cold
+        if tool.kinds_warm:
+            kept = cold[0].run(before, 0).kept
+            found += _candidates(first.with_(kept=kept, start="warm"), tool.kinds_warm, now, values)
+    return found
+
+
+def _can_do(candidate: Candidate, problem: Problem) -> bool:
+    """Find out whether the tool runs at all, and whether the math attention kernel helps; note it in the row."""
+    for note in ("", HELP):
+        candidate.row.note = note
+        try:
+            candidate.run(problem, 0)
+            return True
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+    candidate.row.note = f"fails: {reason}"
+    return False
+
+
+def _candidates(like: Candidate, kinds: Sequence[str], problem: Problem, values: list[float]) -> list[Candidate]:
+    tool, found = like.tool, []
+    if "default" in kinds and tool.default is not None:
+        found.append(like.with_(kind="default", options=tool.default))
+    if "converged" in kinds and tool.more_steps is not None:
+        found.append(_first(like.with_(kind="converged"), tool.more_steps, lambda r: r.converged, problem))
+    found.append(_first(like, tool.cheapest, lambda r: relative_error(r.values, values) <= TARGET_ERROR / 2, problem))
+    return found
+
+
+def _first(like: Candidate, settings: Settings, is_enough: Callable[[Measured], bool], problem: Problem) -> Candidate:
+    """Return the first setting whose result is enough."""
+    for options in settings(like.row.k):
+        candidate = like.with_(options=options)
+        if is_enough(candidate.run(problem, 0)):
+            return candidate
+    candidate.row.note = f"{NOT_ENOUGH}"
+    return candidate
+
+
+def for_microbatches(candidates: list[Candidate], num_batches: int) -> list[Candidate]:
+    """Return what is timed where the same samples come in many batches: the settings found for one, cold."""
+    chosen = [c for c in candidates if c.row.start == "cold" and c.row.kind in c.tool.kinds_in_microbatches]
+    return [c.with_(num_batches=num_batches) for c in chosen]
