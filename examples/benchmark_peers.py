@@ -46,7 +46,7 @@ import numpy as np
 import torch
 from peers.calibration import Candidate, calibrated, for_microbatches
 from peers.picture import draw
-from peers.report import Row, relative_error, write
+from peers.report import Row, quote, relative_error, write
 from peers.tools import loss_fn
 from peers.workloads import NUM_MICROBATCHES, WORKLOADS, Problem, trained
 from scipy.sparse.linalg import LinearOperator, eigsh
@@ -97,11 +97,14 @@ def memory(name: str) -> int:
 # ----------------------------------------------------------------------------------------------------------- timing
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def timed(run: Callable[[], Any], clock: str) -> tuple[float, Any]:
     gc.collect()
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     result = run()
-    return time.perf_counter() - start, result
+    return CLOCKS[clock]() - start, result
 
 
 def gradient(problem: Problem) -> None:
@@ -114,12 +117,14 @@ def time_by_turns(candidates: list[Candidate], problem: Problem, values: list[fl
     """Run all candidates in every round, each round in another order and with another random start."""
     gradient(problem)
     for i in range(args.rounds):
-        turn = [c for c in candidates if c.is_runnable and (i < args.slow_rounds or not c.tool.is_slow)]
-        seconds_of_gradient = statistics.median(timed(lambda: gradient(problem))[0] for _ in range(3))
+        turn = [
+            c for c in candidates if c.is_runnable and (i < args.slow_rounds or c.row.kind not in c.tool.slow_kinds)
+        ]
+        seconds_of_gradient = statistics.median(timed(lambda: gradient(problem), args.clock)[0] for _ in range(3))
         for candidate in turn[i % len(turn) :] + turn[: i % len(turn)]:
             row = candidate.row
             before = reset_peak()
-            seconds, result = timed(lambda c=candidate, seed=i + 1: c.run(problem, seed))
+            seconds, result = timed(lambda c=candidate, seed=i + 1: c.run(problem, seed), args.clock)
             row.peak_bytes = None if before is None else max(row.peak_bytes or 0, memory("VmHWM") - before)
             row.seconds.append(seconds)
             row.gradient_seconds.append(seconds_of_gradient)
@@ -132,7 +137,7 @@ def measure(name: str, k: int, args: argparse.Namespace) -> list[Row]:
     (before, now), values = prepared(name)
     num_parameters = sum(p.numel() for p in now.module.parameters())
     title = f"{WORKLOADS[name].title}, {num_parameters / 1e6:.2g}M"
-    whole = calibrated(before, now, values[:k], title)
+    whole = calibrated(before, now, values[:k], title, quick=args.quick)
     time_by_turns(whole, now, values[:k], args)
     split = for_microbatches(whole, NUM_MICROBATCHES) if k > 1 else []
     if split:
@@ -151,14 +156,14 @@ def prepared(name: str) -> tuple[tuple[Problem, Problem], list[float]]:
     return kept["problems"], kept["reference"]
 
 
-def machine() -> str:
+def machine(clock: str) -> str:
     """Return a sentence that names the machine and the versions."""
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     cpu = names[0] if names else platform.processor() or platform.machine()
     packages = ("torch", "pyhessian", "curvlinops-for-pytorch", "scipy", "hessian-eigenthings")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     system = f"{platform.system()}, Python {platform.python_version()}"
-    return f"Measured on {torch.get_num_threads()} cores of {cpu} ({system}; {versions})."
+    return f"{clock.capitalize()} time on {torch.get_num_threads()} cores of {cpu} ({system}; {versions})."
 
 
 def _cpuinfo() -> list[str]:
@@ -171,17 +176,28 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--k", type=int, nargs="+", default=[1, MAX_K])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--slow-rounds", type=int, default=2, help="of PyHessian and of the plain power iteration")
+    parser.add_argument(
+        "--slow-rounds", type=int, default=2, help="of PyHessian, power iteration and eigsh at full precision"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="on a machine that others use: processor, with --threads 1"
+    )
     parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
+    parser.add_argument("--readme", type=Path, help="a README.md to put the table into, between its comments")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="one round of settings not looked for: does it run?")
     args = parser.parse_args()
+    kept = KEPT
+    if args.quick:
+        args.rounds, args.slow_rounds, kept = 1, 1, KEPT / "quick"
+        kept.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     rows: list[Row] = []
     for name in args.workload:
         for k in args.k:
-            path = KEPT / f"{name}_k{k}.json"
+            path = kept / f"{name}_k{k}.json"
             if args.fresh or not path.exists():
                 start, busy = time.perf_counter(), time.process_time()
                 found = measure(name, k, args)
@@ -191,8 +207,11 @@ def main() -> None:
                     flush=True,
                 )
             rows += [Row(**row) for row in json.loads(path.read_text())]
-    print(write(rows, machine(), args.out / "benchmark_peers.md"))
+    block = write(rows, machine(args.clock), args.out / "benchmark_peers.md")
+    print(block)
     draw(rows, args.out / "benchmark_peers.png")
+    if args.readme is not None:
+        quote(args.readme, "benchmark_peers", block)
 
 
 if __name__ == "__main__":

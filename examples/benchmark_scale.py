@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from peers.report import quote
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -261,6 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
+    parser.add_argument("--readme", type=Path, help="a README.md to put the table into, between its comments")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--case", type=int, nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -279,6 +281,8 @@ def main() -> None:
     )
     draw(found, args.out / "benchmark_scale.png")
     print(block)
+    if args.readme is not None:
+        quote(args.readme, "benchmark_scale", block)
 
 
 if __name__ == "__main__":

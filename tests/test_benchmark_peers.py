@@ -98,6 +98,26 @@ def test_picture(rows, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+def test_readme_is_quoted_into_between_its_comments(report, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- speed -->\nold\nolder\n<!-- /speed -->\nbelow\n")
+    report.quote(readme, "speed", "| new |\n")
+    report.quote(readme, "speed", "| newer |\n")
+    assert readme.read_text() == "above\n<!-- speed -->\n| newer |\n<!-- /speed -->\nbelow\n"
+    with pytest.raises(ValueError, match="Expected <!-- size --> and <!-- /size -->"):
+        report.quote(readme, "size", "| new |")
+
+
+@pytest.mark.parametrize("name", ["benchmark_peers", "benchmark_scale"])
+def test_readme_quotes_the_results(name):
+    _, _, rest = (EXAMPLES.parent / "README.md").read_text().partition(f"<!-- {name} -->\n")
+    block, end, _ = rest.partition(f"<!-- /{name} -->")
+    lines = [line for line in block.splitlines() if line.startswith("|")]
+    assert end
+    assert len(lines) > 2
+    assert set(lines) <= set((EXAMPLES / "results" / f"{name}.md").read_text().splitlines())
+
+
 @pytest.fixture
 def scale(report):
     import benchmark_scale

@@ -40,7 +40,9 @@ class Candidate:
         return self.row.note in ("", HELP)
 
 
-def calibrated(before: Problem, now: Problem, values: list[float], title: str) -> list[Candidate]:
+def calibrated(
+    before: Problem, now: Problem, values: list[float], title: str, *, quick: bool = False
+) -> list[Candidate]:
     """Try the settings of all tools on one Hessian, untimed.
 
     Args:
@@ -48,6 +50,7 @@ def calibrated(before: Problem, now: Problem, values: list[float], title: str) -
         now: What is to be measured.
         values: Its largest eigenvalues.
         title: Of the workload.
+        quick: Do not try: take the middle one of the settings, to see that everything runs.
 
     Returns:
         What to time, and rows with a note for what cannot be.
@@ -58,11 +61,11 @@ def calibrated(before: Problem, now: Problem, values: list[float], title: str) -
         if not _can_do(first, now):
             found.append(first)
             continue
-        cold = _candidates(first, ALL_KINDS, now, values)
+        cold = _candidates(first, ALL_KINDS, now, values, quick)
         found += cold
         if tool.kinds_warm:
             kept = cold[0].run(before, 0).kept
-            found += _candidates(first.with_(kept=kept, start="warm"), tool.kinds_warm, now, values)
+            found += _candidates(first.with_(kept=kept, start="warm"), tool.kinds_warm, now, values, quick)
     return found
 
 
@@ -79,24 +82,29 @@ def _can_do(candidate: Candidate, problem: Problem) -> bool:
     return False
 
 
-def _candidates(like: Candidate, kinds: Sequence[str], problem: Problem, values: list[float]) -> list[Candidate]:
+def _candidates(
+    like: Candidate, kinds: Sequence[str], problem: Problem, values: list[float], quick: bool
+) -> list[Candidate]:
+    def first(kind: str, settings: Settings, is_enough: Callable[[Measured], bool]) -> Candidate:
+        """Return the first setting whose result is enough."""
+        tried = settings(like.row.k)
+        if quick:
+            return like.with_(kind=kind, options=tried[len(tried) // 2])
+        for options in tried:
+            candidate = like.with_(kind=kind, options=options)
+            if is_enough(candidate.run(problem, 0)):
+                return candidate
+        candidate.row.note = NOT_ENOUGH
+        return candidate
+
     tool, found = like.tool, []
     if "default" in kinds and tool.default is not None:
         found.append(like.with_(kind="default", options=tool.default))
     if "converged" in kinds and tool.more_steps is not None:
-        found.append(_first(like.with_(kind="converged"), tool.more_steps, lambda r: r.converged, problem))
-    found.append(_first(like, tool.cheapest, lambda r: relative_error(r.values, values) <= TARGET_ERROR / 2, problem))
+        found.append(first("converged", tool.more_steps, lambda result: result.converged))
+    accurate = TARGET_ERROR / 2
+    found.append(first("cheapest", tool.cheapest, lambda result: relative_error(result.values, values) <= accurate))
     return found
-
-
-def _first(like: Candidate, settings: Settings, is_enough: Callable[[Measured], bool], problem: Problem) -> Candidate:
-    """Return the first setting whose result is enough."""
-    for options in settings(like.row.k):
-        candidate = like.with_(options=options)
-        if is_enough(candidate.run(problem, 0)):
-            return candidate
-    candidate.row.note = f"{NOT_ENOUGH}"
-    return candidate
 
 
 def for_microbatches(candidates: list[Candidate], num_batches: int) -> list[Candidate]:

@@ -183,3 +183,18 @@ def write(rows: Sequence[Row], machine: str, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(parts) + "\n")
     return f"{verdict_table(rows, ks[0])}\n\n*{machine}*"
+
+
+def quote(readme: Path, name: str, block: str) -> None:
+    """Replace what a README quotes between the comments of this name.
+
+    Raises:
+        ValueError: If the comments are not there.
+    """
+    before, found, rest = readme.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not found or not end:
+        raise ValueError(
+            f"Expected <!-- {name} --> and <!-- /{name} --> in {readme}, got at most one of them. Add both."
+        )
+    readme.write_text(f"{before}{found}{block.strip()}\n{end}{after}")

@@ -59,7 +59,7 @@ class Tool:
         default: The setting that the tool's documentation uses, if there is one.
         more_steps: For a tool that takes a fixed number of steps: settings until it says that it has converged.
         kinds_warm: What is timed from what an earlier measurement found, if the tool can start from that.
-        is_slow: Whether it gets fewer rounds, since its own would take most of the benchmark's time.
+        slow_kinds: What gets fewer rounds, since it would take most of the benchmark's time.
         kinds_in_microbatches: What is timed again where the samples come in many batches.
     """
 
@@ -69,7 +69,7 @@ class Tool:
     default: dict[str, Any] | None = None
     more_steps: Settings | None = None
     kinds_warm: tuple[str, ...] = ()
-    is_slow: bool = False
+    slow_kinds: tuple[str, ...] = ()
     kinds_in_microbatches: tuple[str, ...] = ("default", "converged", "cheapest")
 
 
@@ -241,6 +241,7 @@ TOOLS = [
         run_eigsh,
         _eigsh_settings,
         default={"tol": 0, "ncv": None, "check": True},
+        slow_kinds=("default",),
         kinds_warm=("cheapest",),
         kinds_in_microbatches=("cheapest",),
     ),
@@ -249,7 +250,7 @@ TOOLS = [
         run_pyhessian,
         _tolerances(3e-3, 1e-3),
         default={"tol": 1e-3},
-        is_slow=True,
+        slow_kinds=("default", "cheapest"),
         kinds_in_microbatches=("default",),
     ),
     Tool(
@@ -257,7 +258,7 @@ TOOLS = [
         power_iteration,
         _tolerances(1e-3, 1e-4),
         kinds_warm=("cheapest",),
-        is_slow=True,
+        slow_kinds=("default", "cheapest"),
         kinds_in_microbatches=(),
     ),
 ]

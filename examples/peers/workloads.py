@@ -111,13 +111,13 @@ def mlp() -> nn.Module:
 
 
 class TransformerClassifier(nn.Module):
-    """A transformer encoder over the 6 patches of a small image: 6 layers of width 384, 10.7 million parameters."""
+    """A transformer encoder over the 4 patches of a small image: 6 layers of width 384, 10.7 million parameters."""
 
-    def __init__(self, width: int = 384, depth: int = 6, patch: tuple[int, int] = (4, 6)) -> None:
+    def __init__(self, width: int = 384, depth: int = 6, patch: int = 6) -> None:
         super().__init__()
         self.patch = patch
-        self.embedding = nn.Linear(patch[0] * patch[1], width)
-        self.positions = nn.Parameter(0.02 * torch.randn(6, width))
+        self.embedding = nn.Linear(patch * patch, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(4, width))
         layer = nn.TransformerEncoderLayer(
             width, 6, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -131,7 +131,7 @@ class TransformerClassifier(nn.Module):
 
 WORKLOADS = {
     "convnet": Workload("ReLU convnet", convnet, image_size=16, num_samples=64),
-    "resnet": Workload("BatchNorm ResNet-20", resnet20, image_size=16, num_samples=32, lr=0.05),
+    "resnet": Workload("BatchNorm ResNet-20", resnet20, image_size=16, num_samples=16, lr=0.05),
     "mlp": Workload("ReLU MLP", mlp, image_size=28, num_samples=128),
     "transformer": Workload(
         "transformer encoder", TransformerClassifier, image_size=12, num_samples=16, lr=0.01, batch_size=16
