@@ -28,6 +28,7 @@ from lightning_flatness.loss import LossFunction, check_loss, loss_in, trainable
 from lightning_flatness.per_sample import gradients_by_vmap
 from lightning_flatness.ranks import rank_and_world_size, sum_over_ranks, total_count
 from lightning_flatness.second_derivatives import Operators
+from lightning_flatness.sharding import check_gathered, check_sharding, gathered, is_sharded, reshard
 
 
 class LossLandscape:
@@ -36,7 +37,9 @@ class LossLandscape:
     The weights are the trainable parameters, each once (tied parameters are one tensor), as one flat vector in
     the order of ``module.parameters()``. Batches are weighted by their number of samples. When a process group
     is initialised, the batches of each rank are its share of the samples, and the mean runs over all ranks with
-    one all-reduce per evaluation; so all ranks have to make the same calls.
+    one all-reduce per evaluation; so all ranks have to make the same calls. Weights that ``fully_shard`` (FSDP2) or
+    tensor parallelism have spread over the ranks are put together on every rank for a measurement, in the precision
+    in which they are stored, and let go afterwards: besides its vectors it then holds the weights in full.
 
     The module is evaluated in isolation: modes, buffers, ``.grad``, random number generators, torchmetrics,
     plain attributes and loggers are as before afterwards, also when an evaluation raises. The same batch sees the
@@ -69,7 +72,8 @@ class LossLandscape:
         cost: What has been evaluated so far.
 
     Raises:
-        ValueError: If there are no samples, no trainable parameters, or an option is not one of those named.
+        ValueError: If there are no samples, no trainable parameters, or an option is not one of those named; or if the
+            weights are spread over ranks in another way (FSDP1, DeepSpeed, pipelines).
         TypeError: If there is neither a ``loss_fn`` nor a ``training_step``.
 
     Example:
@@ -106,10 +110,12 @@ class LossLandscape:
         self.graph_memory = graph_memory
         self.seed = seed
         self.optimizer = optimizer
+        reshard(self.module)
         self.parameters = trainable_parameters(self.module)
         self.num_parameters = sum(p.numel() for p in self.parameters)
         self.device = self.parameters[0].device
         self.dtype = _vector_dtype(self.parameters)
+        check_sharding(self.module, self.num_parameters, self.device)
         self.cost = Cost()
         self.product_error = 0.0
         """Estimated relative error of Hessian-vector products; above zero where finite differences are used."""
@@ -125,6 +131,8 @@ class LossLandscape:
         self.operators = Operators()
         self.graphs: GraphStore | None = None
         self._products = Products(engine)
+        coarsest = max((p.dtype for p in self.parameters), key=lambda dtype: torch.finfo(dtype).eps)
+        check_gathered(self.module, self._plain_loss, self.batches, self.device, coarsest)
         self._isolation: Isolation | None = None
         self._gradient: Tensor | None = None
         self._charts: dict[str | Geometry, Chart] = {}
@@ -154,11 +162,15 @@ class LossLandscape:
             with torch.inference_mode(False), torch.enable_grad():  # Metric.update has turned gradients off again
                 yield self
             return
-        with isolated(self.module, self.mode, self.device, self.seed) as self._isolation:
+        held = self.parameters
+        guard = isolated(self.module, self.mode, self.device, self.seed)
+        with gathered(self.module, held) as whole_parameters, guard as self._isolation:
+            self.parameters = whole_parameters
             self.graphs = GraphStore(self._products.budget(self.graph_memory))
             try:
                 yield self
             finally:
+                self.parameters = held
                 self._isolation = self.graphs = self._gradient = None
                 self._charts.clear()
 
@@ -173,6 +185,10 @@ class LossLandscape:
             scale: Factor of it.
         """
         self._check_vector("displacement", displacement)
+        if self._isolation is None and any(is_sharded(p) for p in self.parameters):
+            with self.measurement(), self.displaced(displacement, scale):
+                yield
+            return
         originals = [p.data for p in self.parameters]
         here = self.graphs, self._gradient, self._charts
         self.graphs, self._gradient, self._charts = None, None, {}
@@ -197,7 +213,8 @@ class LossLandscape:
         if geometry in self._charts:
             return self._charts[geometry]
         bound = resolve_geometry(geometry).for_optimizer(self.optimizer)
-        chart = bound.chart(self.module, self.parameters, self.dtype)
+        with gathered(self.module, self.parameters) as parameters:
+            chart = bound.chart(self.module, parameters, self.dtype)
         if self._isolation is not None:
             self._charts[geometry] = chart
         return chart
@@ -409,6 +426,12 @@ class LossLandscape:
                 "`no_grad` or `item` between the parameters and the loss."
             )
         return loss
+
+    def _plain_loss(self, batch: Any) -> Tensor:
+        """Return the loss on a batch in evaluation mode, whatever the module's weights are held in."""
+        guard = isolated(self.module, "eval", self.device, self.seed)
+        with guard as isolation, torch.no_grad(), isolation.forward_pass(0):
+            return check_loss(loss_in(self.loss_fn(self.module, copy_batch(batch))), allow_non_finite=True)
 
     def forward_pass(self, index: int) -> AbstractContextManager[None]:
         """Guard one evaluation of the module on a batch, inside one :meth:`measurement`."""

@@ -9,11 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_flatness.second_derivatives import NotTwiceDifferentiableError, Operators
-
-
-def is_distributed() -> bool:
-    """Return whether there are other ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+from lightning_flatness.sharding import is_distributed
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_flatness.estimators import top_eigenvalues
 from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
 from lightning_flatness.landscape import LossLandscape
+from lightning_flatness.sharding import reshard, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -283,7 +284,8 @@ def _directions(
 
 def _displacement_to(landscape: LossLandscape, other: Tensor | nn.Module) -> Tensor:
     if isinstance(other, nn.Module):
-        other = torch.cat([p.detach().reshape(-1) for p in other.parameters() if p.requires_grad])
+        reshard(other)
+        other = torch.cat([whole(p.detach()).reshape(-1) for p in other.parameters() if p.requires_grad])
     if other.shape != (landscape.num_parameters,):
         raise ValueError(
             f"Expected `other` to be weights of the same module, {landscape.num_parameters} in a flat vector, got "

@@ -17,7 +17,7 @@ from registry import METRICS, make_landscape
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_flatness import FlatnessMonitor, LossLandscape, TopEigenvalues
+from lightning_flatness import FlatnessMonitor, LossLandscape, TopEigenvalues, loss_surface
 
 
 class Fragile(Classifier):
@@ -100,7 +100,62 @@ def metrics(out: Path) -> None:
     dist.destroy_process_group()
 
 
+def reductions(out: Path) -> None:
+    """Count the all-reduces of each evaluation, on three batches."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    calls: list[int] = []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor, *args, **kwargs: (
+        calls.append(tensor.numel()),
+        all_reduce(tensor, *args, **kwargs),
+    )
+    landscape = make_landscape(rank, size)
+    v = torch.ones(landscape.num_parameters, dtype=landscape.dtype)
+    counts: dict[str, list[int]] = {}
+
+    def count(name: str, evaluate: Any) -> None:
+        calls.clear()
+        evaluate()
+        counts[name] = list(calls)
+
+    with landscape.measurement():
+        count("first product", lambda: landscape.hvp(v))
+        count("next product", lambda: landscape.hvp(v))
+        count("gradient", landscape.gradient)
+        count("gradient again", landscape.gradient)
+        count("loss", landscape.loss)
+        count("loss and gradient", landscape.loss_and_gradient)
+        count("gauss-newton", lambda: landscape.ggnvp(v))
+    (out / f"rank{rank}.json").write_text(json.dumps([landscape.num_parameters, counts]))
+    dist.destroy_process_group()
+
+
+def surface(out: Path) -> None:
+    """Draw surfaces, each sample on the rank that the probe puts it on."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    drawn = [
+        loss_surface(make_landscape(rank, size), directions, geometry=geometry, radius=radius, num_points=5)
+        for directions, geometry, radius in SURFACES
+    ]
+    result = [[s.losses.tolist(), s.x.tolist(), s.directions.tolist()] for s in drawn]
+    (out / f"rank{rank}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+SURFACES = [("random", "filter", None), ("eigenvectors", "layer", None), ("random", "element", 0.5)]
+
+
 if __name__ == "__main__":
     command, out, *numbers = sys.argv[1:]
-    commands = {"monitor": monitor, "fail": fail, "landscape": landscape, "once": once, "metrics": metrics}
+    commands = {
+        "monitor": monitor,
+        "fail": fail,
+        "landscape": landscape,
+        "once": once,
+        "metrics": metrics,
+        "reductions": reductions,
+        "surface": surface,
+    }
     commands[command](Path(out), *map(int, numbers))

@@ -48,18 +48,24 @@ METRICS: dict[str, Callable[[], FlatnessMetric]] = {
 }
 
 
-def make_landscape(rank: int = 0, world_size: int = 1, **options: Any) -> LossLandscape:
+def make_landscape(
+    rank: int = 0, world_size: int = 1, shard: Callable[[nn.Sequential], object] | None = None, **options: Any
+) -> LossLandscape:
     """Return a ReLU chain on 13 samples in ragged batches, of which a rank gets every ``world_size``-th sample."""
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has chosen for the metric
-        return _make_landscape(rank, world_size, **options)
+        return _make_landscape(rank, world_size, shard, **options)
 
 
-def _make_landscape(rank: int, world_size: int, **options: Any) -> LossLandscape:
+def _make_landscape(
+    rank: int, world_size: int, shard: Callable[[nn.Sequential], object] | None, **options: Any
+) -> LossLandscape:
     generator = torch.Generator().manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)).double().eval()
     for p in module.parameters():
         p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) / 2
     x, y = torch.randn(13, 4, generator=generator).double(), torch.randint(3, (13,), generator=generator)
+    if shard is not None:
+        shard(module)
     optimizer = torch.optim.Adam(module.parameters())
     F.cross_entropy(module(x), y).backward()
     optimizer.step()

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -28,24 +28,35 @@ class Small(LightningModule):
     """Without batch statistics, so that two halves of a batch are the batch."""
 
     def __init__(
-        self, vanishing: bool = False, uneven: bool = False, normalized: bool = False, lr: float = 0.1
+        self,
+        vanishing: bool = False,
+        uneven: bool = False,
+        normalized: bool = False,
+        lr: float = 0.1,
+        used_in: Literal["clean", "perturbed", "neither"] | None = None,
     ) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             norm = nn.BatchNorm1d(8) if normalized else nn.LayerNorm(8)
             self.net = nn.Sequential(nn.Linear(5, 8), norm, nn.Tanh(), nn.Linear(8, 3)).double()
-            self.sometimes = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-        self.sometimes.requires_grad_(uneven)
-        self.vanishing, self.uneven, self.lr = vanishing, uneven, lr
+            self.sometimes = nn.Parameter(torch.full((3,), float(used_in == "neither"), dtype=torch.float64))
+            # Falls through zero in the perturbation, or rises through it, and has no gradient there.
+            self.gate = nn.Parameter(torch.tensor(0.01 if used_in == "clean" else -0.01, dtype=torch.float64))
+        self.sometimes.requires_grad_(uneven or used_in is not None)
+        self.gate.requires_grad_(used_in in ("clean", "perturbed"))
+        self.vanishing, self.uneven, self.lr, self.used_in = vanishing, uneven, lr, used_in
         self.num_calls = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         self.num_calls += 1
         logits = self.net(batch[0])
-        if self.uneven and self.global_rank == batch_idx % 2:
+        has_turn = not self.uneven or self.global_rank == batch_idx % 2
+        if has_turn and (self.uneven if self.used_in is None else self.gate > 0):
             logits = logits + self.sometimes
         loss = F.cross_entropy(logits, batch[1])
+        if self.used_in is not None:
+            loss = loss - (self.gate if self.used_in == "clean" else -self.gate).relu()
         self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         return 0 * loss if self.vanishing and batch_idx % 2 == self.global_rank else loss
 
@@ -53,7 +64,8 @@ class Small(LightningModule):
         optimizer.zero_grad(set_to_none=self.lr == 0.1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        decay = 0.1 if self.used_in == "neither" else 0.0
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9, weight_decay=decay)
 
 
 class CountReductions(Callback):
@@ -99,6 +111,35 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "module": {"uneven": True},
         "ddp": {"find_unused_parameters": True},
         "sam": {"sync_perturbation": False},
+    },
+    **{
+        f"only_{used_in}{ending}": {
+            "accumulate": accumulate,
+            "module": {"used_in": used_in},
+            "ddp": {"find_unused_parameters": True, "gradient_as_bucket_view": ending == "_views"},
+        }
+        for used_in in ("clean", "perturbed")
+        for ending, accumulate in {"": 1, "_accumulate": 2, "_views": 2}.items()
+    },
+    **{
+        f"uneven_clean_{accumulate}{ending}": {
+            "accumulate": accumulate,
+            "module": {"used_in": "clean", "uneven": True},
+            "ddp": {"find_unused_parameters": True, "gradient_as_bucket_view": ending == "_views"},
+            "sam": {"sync_perturbation": ending != "_local"},
+        }
+        for ending in ("", "_local", "_views")
+        for accumulate in (1, 2)
+    },
+    **{
+        f"unused_{accumulate}{ending}": {
+            "accumulate": accumulate,
+            "module": {"used_in": "neither"},
+            "ddp": {"find_unused_parameters": True},
+            "sam": {"sync_perturbation": not ending},
+        }
+        for ending in ("", "_local")
+        for accumulate in (1, 2)
     },
     "still_without": {"accumulate": 2, "module": {"normalized": True, "lr": 0.0}, "sam": None},
     "still": {"accumulate": 2, "module": {"normalized": True, "lr": 0.0}},

@@ -26,6 +26,7 @@ ORDER = [
     "cost",
     "geometry",
     "isolation",
+    "sharding",
     "batches",
 ]
 """From top to bottom: each may import what stands below it."""

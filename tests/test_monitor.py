@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from modules import Augmented, Busy, Classifier, Plain, loader, trainer
 from test_no_trace import Recorder
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_flatness import FlatnessMonitor, InvariantSharpness, LossLandscape, TopEigenvalues
+from lightning_flatness import FlatnessMonitor, InvariantSharpness, LossLandscape, LossSurfaceMonitor, TopEigenvalues
 
 KEYS = {
     "flatness/lambda_max",
@@ -467,12 +468,33 @@ def test_an_empty_loader(tmp_path):
     assert run.global_step == 0
 
 
-def test_strategies_that_shard_the_weights(tmp_path):
-    from lightning.pytorch.strategies import SingleDeviceStrategy
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("FSDPStrategy", r"slices of flattened weights \(FSDP1\)"),
+        ("DeepSpeedStrategy", "partitions weights or optimizer states"),
+        ("XLAStrategy", "no process group of torch.distributed"),
+        ("XLAFSDPStrategy", "on XLA devices"),
+    ],
+)
+@pytest.mark.parametrize("monitor", [FlatnessMonitor, LossSurfaceMonitor])
+def test_strategies_whose_weights_cannot_be_put_together(tmp_path, name, reason, monitor):
+    """The classes stand in for those that cannot be built here; they are recognised by their names."""
+    strategy = type("Custom", (type(name, (SingleDeviceStrategy,), {}),), {})("cpu")
+    run = trainer(tmp_path, monitor(), strategy=strategy, accelerator="auto", devices="auto")
+    message = (
+        rf"which {monitor.__name__} can put the weights together .*got Custom, wh.*{reason}.*HINT: use strategy='ddp'"
+    )
+    with pytest.raises(MisconfigurationException, match=message):
+        run.fit(Classifier(), loader())
+    assert run.global_step == 0
 
-    class FSDPStrategy(SingleDeviceStrategy):
-        """Stands in for the one that cannot be built without several devices; recognised by its name."""
 
-    run = trainer(tmp_path, FlatnessMonitor(), strategy=FSDPStrategy("cpu"), accelerator="auto", devices="auto")
-    with pytest.raises(MisconfigurationException, match=r"keeps all weights on every rank, got FSDPStrategy.*HINT"):
+def test_ranks_that_cannot_be_reduced_over(tmp_path, monkeypatch):
+    class Elsewhere(SingleDeviceStrategy):
+        """Says that there is another rank, which no process group knows of."""
+
+    run = trainer(tmp_path, FlatnessMonitor(), strategy=Elsewhere("cpu"), accelerator="auto", devices="auto")
+    monkeypatch.setattr(type(run), "world_size", property(lambda self: 2))
+    with pytest.raises(MisconfigurationException, match=r"got Elsewhere, whose ranks are no process group"):
         run.fit(Classifier(), loader())

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from ddp_worker import SURFACES
 from problems import PROBLEMS, make_problem
+from registry import make_landscape
 
-from lightning_flatness import LossLandscape, TopEigenvalues
+from lightning_flatness import LossLandscape, TopEigenvalues, loss_surface
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
@@ -26,13 +29,13 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def run_ranks(command: str, out: Path, *numbers: int, world_size: int = 2) -> list[Any]:
+def run_ranks(command: str, out: Path, *numbers: int, world_size: int = 2, script: str = "ddp_worker.py") -> list[Any]:
     """Run the worker on every rank and return what each has written."""
     port = str(free_port())
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     processes = [
         subprocess.Popen(
-            [sys.executable, str(TESTS / "ddp_worker.py"), command, str(out), *map(str, numbers)],
+            [sys.executable, str(TESTS / script), command, str(out), *map(str, numbers)],
             env=os.environ
             | {
                 "PYTHONPATH": path,
@@ -103,3 +106,22 @@ def test_ranks_fall_back_to_finite_differences_together(tmp_path):
     first, second = run_ranks("once", tmp_path)
     assert first == second
     assert first[0] == "finite_difference"
+
+
+def test_one_all_reduce_per_evaluation(tmp_path):
+    first, second = run_ranks("reductions", tmp_path)
+    assert first == second
+    num_parameters, counts = first
+    for name, sizes in counts.items():
+        assert len(sizes) == (name != "gradient again"), name
+        assert sum(sizes) <= num_parameters + 4, name
+
+
+def test_surfaces_of_two_ranks_are_those_of_one_process(tmp_path):
+    first, second = run_ranks("surface", tmp_path)
+    assert first == second
+    for (directions, geometry, radius), (losses, x, rows) in zip(SURFACES, first, strict=True):
+        surface = loss_surface(make_landscape(), directions, geometry=geometry, radius=radius, num_points=5)
+        assert x == surface.x.tolist()
+        torch.testing.assert_close(torch.tensor(losses).double(), surface.losses, rtol=1e-6, atol=0)
+        torch.testing.assert_close(torch.tensor(rows).double(), surface.directions.double(), rtol=1e-5, atol=1e-5)

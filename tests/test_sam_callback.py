@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from sam_reference import (
     ADAMW,
     SGD,
@@ -860,7 +860,7 @@ class DeepSpeedStrategy(SingleDeviceStrategy):  # the real one needs deepspeed
     pass
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
 def test_strategies_that_are_refused(strategy):
     sam, module, trainer = SharpnessAwareMinimization(), Net(), make_trainer()
     trainer.strategy.__class__ = strategy  # what `setup` sees on machines that can run them

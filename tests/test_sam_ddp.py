@@ -77,7 +77,19 @@ def test_ranks_agree(ranks, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["plain", "layer", "accumulate", "accumulate_views", "accumulate_views_in_place", "in_place", "static", "without"],
+    [
+        *(
+            "plain",
+            "layer",
+            "accumulate",
+            "accumulate_views",
+            "accumulate_views_in_place",
+            "in_place",
+            "static",
+            "without",
+        ),
+        *(name for name in SCENARIOS if name.startswith("only_")),
+    ],
 )
 def test_two_ranks_equal_one_process_on_the_same_samples(ranks, name):
     one = run(**({"ddp": None} | SCENARIOS[name] | {"devices": 1}))
@@ -86,6 +98,17 @@ def test_two_ranks_equal_one_process_on_the_same_samples(ranks, name):
     assert two["global_step"] == one["global_step"]
     assert two["logged"] == pytest.approx(one["logged"], rel=1e-5, nan_ok=False)
     assert ("sam/loss_rise" in two["logged"]) == (name != "without")
+
+
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if "only_" in name or "uneven_clean" in name])
+def test_only_the_gradients_of_the_second_pass_count(ranks, name):
+    weights = ranks[0][name]["weights"]["sometimes"]
+    assert bool(weights.any()) == ("perturbed" in name)
+
+
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name.startswith("unused")])
+def test_a_weight_without_gradient_is_not_decayed(ranks, name):
+    assert torch.equal(ranks[0][name]["weights"]["sometimes"], torch.ones(3, dtype=torch.float64))
 
 
 def test_rho_zero_is_bit_identical_to_no_callback_on_two_ranks(ranks):

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -18,7 +19,13 @@ from lightning_flatness.landscape import LossLandscape, check_options
 from lightning_flatness.loss import LossFunction
 from lightning_flatness.probe import SeenBatches, can_index, draw_probe
 
-_UNSUPPORTED_STRATEGIES = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+_UNSUPPORTED_STRATEGIES = {
+    "FSDPStrategy": "which keeps slices of flattened weights (FSDP1)",
+    "DeepSpeedStrategy": "which partitions weights or optimizer states itself",
+    "XLAStrategy": "whose ranks are no process group of torch.distributed",
+    "XLAFSDPStrategy": "which keeps slices of flattened weights, on XLA devices",
+}
+"""By name: the classes of `lightning` and of `pytorch_lightning` are different ones."""
 _FIRST_MESSAGE_AFTER = 10.0
 
 
@@ -108,13 +115,7 @@ class LandscapeMonitor(Callback):
                 "updates the weights itself. HINT: pass loss_fn=lambda module, batch: ... that returns the mean loss "
                 "of a batch."
             )
-        strategies = {base.__name__ for base in type(trainer.strategy).__mro__}
-        if unsupported := strategies & _UNSUPPORTED_STRATEGIES:
-            raise MisconfigurationException(
-                f"Expected a strategy that keeps all weights on every rank, got {unsupported.pop()}, which shards "
-                "them. HINT: use strategy='ddp' or a single device, or measure checkpoints of this run with "
-                "LossLandscape."
-            )
+        _check_strategy(trainer, name)
         if trainer.barebones:
             rank_zero_info(f"{name} measures nothing under `Trainer(barebones=True)`, which disables logging.")
 
@@ -215,6 +216,22 @@ class LandscapeMonitor(Callback):
                 f"Expected a validation dataset with a length for {type(self).__name__}(split='val'). "
                 "HINT: use split='train'."
             )
+
+
+def _check_strategy(trainer: Trainer, monitor: str) -> None:
+    kind = type(trainer.strategy)
+    reasons = [
+        _UNSUPPORTED_STRATEGIES[base.__name__] for base in kind.__mro__ if base.__name__ in _UNSUPPORTED_STRATEGIES
+    ]
+    if not reasons and trainer.world_size > 1 and not (dist.is_available() and dist.is_initialized()):
+        reasons = ["whose ranks are no process group of torch.distributed"]
+    if reasons:
+        raise MisconfigurationException(
+            f"Expected one device, or a strategy under which {monitor} can put the weights together on every rank "
+            f"(DDP; ModelParallelStrategy with FSDP2 or tensor parallelism), got {kind.__name__}, {reasons[0]}. HINT: "
+            "use strategy='ddp', or ModelParallelStrategy with torch.distributed.fsdp.fully_shard, or measure "
+            "checkpoints of this run with LossLandscape."
+        )
 
 
 def _transferred(trainer: Trainer, pl_module: LightningModule, batches: list[Any], seed: int) -> list[Any]:

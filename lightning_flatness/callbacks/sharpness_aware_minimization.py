@@ -27,11 +27,11 @@ from lightning_flatness.batches import copy_batch
 from lightning_flatness.geometry import Geometry
 from lightning_flatness.isolation import ReplayedPass
 from lightning_flatness.sam import SAM, check_rho, linear_geometry, optimized_parameters, perturbed
+from lightning_flatness.sharding import has_sharded_weights, is_tensor_parallel
 
 _UNSUPPORTED_STRATEGIES = (
     "FSDPStrategy",
     "DeepSpeedStrategy",
-    "ModelParallelStrategy",
     "XLAStrategy",
     "SingleDeviceXLAStrategy",
 )
@@ -68,12 +68,12 @@ class SharpnessAwareMinimization(Callback):
         start_epoch: First epoch with sharpness-aware steps, counted from 0.
         sync_perturbation: With several ranks, perturb with the mean gradient of all ranks, as one process with the
             whole batch would. False: each rank perturbs with the gradient of its own samples (m-sharpness), which
-            saves one all-reduce per microbatch.
+            saves one all-reduce per microbatch; not with sharded weights.
 
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: In ``fit``, before the first step: manual optimization, a ``training_step`` that
-            takes ``dataloader_iter``, LBFGS, or a strategy that shards the weights.
+            takes ``dataloader_iter``, LBFGS, or a strategy that shards the weights in another way than FSDP2.
 
     Example:
         >>> from lightning import Trainer
@@ -135,7 +135,8 @@ class SharpnessAwareMinimization(Callback):
         if not names.isdisjoint(_UNSUPPORTED_STRATEGIES):
             raise MisconfigurationException(
                 "SharpnessAwareMinimization needs the whole weights and gradients on every device, got the strategy "
-                f"{type(trainer.strategy).__name__}. HINT: Use strategy='auto' or 'ddp'."
+                f"{type(trainer.strategy).__name__}. HINT: Use strategy='auto' or 'ddp', or "
+                "ModelParallelStrategy with torch.distributed.fsdp.fully_shard."
             )
         self._forget()
         self._totals = self._pending = None
@@ -144,7 +145,18 @@ class SharpnessAwareMinimization(Callback):
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse optimizers that evaluate the closure themselves; they exist only now."""
+        """Refuse sharded weights that it cannot perturb, and optimizers that evaluate the closure themselves."""
+        if has_sharded_weights(pl_module):
+            if is_tensor_parallel(pl_module):
+                raise MisconfigurationException(
+                    "SharpnessAwareMinimization needs gradients that are whole or sharded by FSDP2 alone, got a module "
+                    "with tensor parallelism. HINT: Use fully_shard with tensor_parallel_size=1, or DDP."
+                )
+            if not self.sync_perturbation:
+                raise MisconfigurationException(
+                    "SharpnessAwareMinimization needs whole gradients for `sync_perturbation=False`, got weights "
+                    "sharded by FSDP2, of which each rank has a part. HINT: Use sync_perturbation=True."
+                )
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, LBFGS | SAM):
                 raise MisconfigurationException(
@@ -186,8 +198,9 @@ class SharpnessAwareMinimization(Callback):
             _average_gradients(trainer, parameters)
         with perturbed(parameters, self.rho, self.geometry, pl_module) as norm:
             self._add_pending()
-            step.bring_gradients_back()
+            step.bring_gradients_back(trainer, averaged)
             loss = _second_pass(trainer, pl_module, step)
+            step.remove_placeholders()
         if loss is None:  # e.g. a step that returns None for a loss that is not finite: then as without SAM
             norm, loss = 0.0, _second_pass(trainer, pl_module, step)
         self._record(step, loss, norm)
@@ -265,6 +278,7 @@ class _RecordedStep:
         self.keywords: dict[str, Any] = {}
         self._module = module
         self._aside: list[tuple[Tensor, Tensor | None]] = []
+        self._placeholders: list[tuple[Tensor, Tensor, int]] = []
         # A compiled `training_step` is in the instance's dictionary already.
         self._shadowed = {name: v for name, v in module.__dict__.items() if name == "training_step"}
         training_step: Any = module.training_step
@@ -292,17 +306,36 @@ class _RecordedStep:
         wrapped = trainer.strategy.model
         for p in parameters.values():
             gradient, p.grad = p.grad, None
-            if gradient is not None and isinstance(wrapped, DistributedDataParallel):
-                # DDP remembers what the microbatches before used, and expects a gradient there. A gradient that is a
-                # view of its bucket would be overwritten by the next backward.
-                p.grad = torch.zeros_like(gradient)
-                gradient = gradient.clone() if wrapped.gradient_as_bucket_view else gradient
+            if isinstance(wrapped, DistributedDataParallel):
+                # DDP remembers what the microbatches before used, in the second pass or in the first one only, and
+                # expects a gradient there. A gradient that is a view of its bucket would be overwritten by the next
+                # backward.
+                if gradient is not None or (trainer.accumulate_grad_batches > 1 and _may_be_unused(p, wrapped)):
+                    p.grad = torch.zeros_like(p)
+                if gradient is not None and wrapped.gradient_as_bucket_view:
+                    gradient = gradient.clone()
             self._aside.append((p, gradient))
 
-    def bring_gradients_back(self) -> None:
+    def bring_gradients_back(self, trainer: Trainer, averaged: bool) -> None:
+        wrapped = trainer.strategy.model
         for p, gradient in self._aside:
+            if gradient is None and not averaged and _may_be_unused(p, wrapped):  # what the first pass has used
+                gradient = torch.zeros_like(p)
+                self._placeholders.append((p, gradient, gradient._version))
             p.grad = gradient
         self._aside.clear()
+
+    def remove_placeholders(self) -> None:
+        """Take away what stands for no gradient: the optimizer would decay a weight that has one, even of zeros."""
+        for p, gradient, version in self._placeholders:
+            if p.grad is gradient and gradient._version == version:
+                p.grad = None
+        self._placeholders.clear()
+
+
+def _may_be_unused(parameter: Tensor, wrapped: Any) -> bool:
+    """Return whether DDP keeps a record of the passes that used a parameter."""
+    return isinstance(wrapped, DistributedDataParallel) and wrapped.find_unused_parameters and parameter.requires_grad
 
 
 def loss_of(output: Any) -> Tensor | None:

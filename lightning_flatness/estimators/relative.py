@@ -47,22 +47,22 @@ def relative_flatness(
         ValueError: If there is no linear layer of that name, or an argument is out of range.
     """
     check_operator(operator)
-    _, module = linear_layer(landscape, layer)
-    weight = module.weight.detach()
-    left, singular, _ = torch.linalg.svd(weight.to(landscape.dtype), full_matrices=False)
-    factor = left * singular
-    start = offset_of(landscape, module.weight)
-    stop = start + weight.numel()
-    product = landscape.ggnvp if operator == "ggn" else landscape.hvp
-
-    def matvec(y: Tensor) -> Tensor:
-        v = torch.zeros(landscape.num_parameters, dtype=landscape.dtype, device=landscape.device)
-        v[start:stop] = (factor @ y.view(len(singular), -1)).flatten()
-        pulled_back: Tensor = factor.T @ product(v)[start:stop].view(weight.shape)
-        return pulled_back.flatten()
-
-    spent = landscape.cost.gradient_evaluations
     with landscape.measurement():
+        _, module = linear_layer(landscape, layer)
+        weight = module.weight.detach()
+        left, singular, _ = torch.linalg.svd(weight.to(landscape.dtype), full_matrices=False)
+        factor = left * singular
+        start = offset_of(landscape, module.weight)
+        stop = start + weight.numel()
+        product = landscape.ggnvp if operator == "ggn" else landscape.hvp
+
+        def matvec(y: Tensor) -> Tensor:
+            v = torch.zeros(landscape.num_parameters, dtype=landscape.dtype, device=landscape.device)
+            v[start:stop] = (factor @ y.view(len(singular), -1)).flatten()
+            pulled_back: Tensor = factor.T @ product(v)[start:stop].view(weight.shape)
+            return pulled_back.flatten()
+
+        spent = landscape.cost.gradient_evaluations
         result = stochastic_trace(
             matvec,
             len(singular) * weight.shape[1],

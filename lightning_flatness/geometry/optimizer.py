@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from lightning_flatness.geometry.base import Geometry, LinearGeometry
+from lightning_flatness.sharding import sharded_form, whole
 
 
 class MissingOptimizerStateError(ValueError):
@@ -72,9 +73,10 @@ class OptimizerGeometry(LinearGeometry):
                 "or geometry=OptimizerGeometry(optimizer); in the FlatnessMonitor the name is enough."
             )
         held = {id(p): (each, g) for each in self.optimizers for g in each.param_groups for p in g["params"]}
-        if all(id(p) in held and isinstance(held[id(p)][0], SGD) for p in parameters):
+        own = [sharded_form(p) for p in parameters]
+        if all(id(p) in held and isinstance(held[id(p)][0], SGD) for p in own):
             return None
-        diagonals = [_preconditioner(*held[id(p)], p) if id(p) in held else None for p in parameters]
+        diagonals = [_preconditioner(*held[id(p)], p) if id(p) in held else None for p in own]
         if all(d is None for d in diagonals):
             names = sorted({type(each).__name__ for each in self.optimizers})
             raise MissingOptimizerStateError(
@@ -83,7 +85,7 @@ class OptimizerGeometry(LinearGeometry):
                 "first step."
             )
         return [
-            torch.zeros((), device=p.device) if d is None else d.to(p.device).rsqrt()
+            torch.zeros((), device=p.device) if d is None else whole(d).to(p.device).rsqrt()
             for d, p in zip(diagonals, parameters, strict=True)
         ]
 
