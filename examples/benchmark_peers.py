@@ -57,8 +57,8 @@ KEPT = Path("logs/benchmark_peers")
 MAX_K = 5
 
 
-def reference(problem: Problem) -> list[float]:
-    """Return the largest eigenvalues by SciPy in float64, from products by plain double backward."""
+def reference(problem: Problem) -> tuple[list[float], float]:
+    """Return the largest eigenvalues and the lowest by SciPy in float64, from products by plain double backward."""
     exact = problem.in_float64().in_one_batch()
     parameters = list(exact.module.parameters())
     with sdpa_kernel(SDPBackend.MATH):
@@ -75,7 +75,8 @@ def reference(problem: Problem) -> list[float]:
     operator = LinearOperator((size, size), matvec=matvec, dtype=np.float64)
     start = np.random.default_rng(1).standard_normal(size)
     values = eigsh(operator, MAX_K, which="LA", tol=1e-6, v0=start, return_eigenvectors=False)
-    return sorted(values.tolist(), reverse=True)
+    lowest = eigsh(operator, 1, which="SA", tol=0.1, v0=start, return_eigenvectors=False)
+    return sorted(values.tolist(), reverse=True), float(lowest[0])
 
 
 def reset_peak() -> int | None:
@@ -134,7 +135,7 @@ def time_by_turns(candidates: list[Candidate], problem: Problem, values: list[fl
 
 def measure(name: str, k: int, args: argparse.Namespace) -> list[Row]:
     """Calibrate on one batch, and time all tools on one batch and, for several eigenvalues, on microbatches."""
-    (before, now), values = prepared(name)
+    (before, now), (values, _) = prepared(name)
     num_parameters = sum(p.numel() for p in now.module.parameters())
     title = f"{WORKLOADS[name].title}, {num_parameters / 1e6:.2g}M"
     whole = calibrated(before, now, values[:k], title, quick=args.quick)
@@ -145,7 +146,7 @@ def measure(name: str, k: int, args: argparse.Namespace) -> list[Row]:
     return [candidate.row for candidate in whole + split]
 
 
-def prepared(name: str) -> tuple[tuple[Problem, Problem], list[float]]:
+def prepared(name: str) -> tuple[tuple[Problem, Problem], tuple[list[float], float]]:
     """Return the network at both of its weights, and the reference at the later ones; kept between runs."""
     path = KEPT / f"{name}.pt"
     if not path.exists():
@@ -154,6 +155,13 @@ def prepared(name: str) -> tuple[tuple[Problem, Problem], list[float]]:
         torch.save({"problems": problems, "reference": reference(problems[1])}, path)
     kept = torch.load(path, weights_only=False)
     return kept["problems"], kept["reference"]
+
+
+def spectrum(name: str) -> str:
+    """Return a sentence with what is to be found, and the lowest, which tools that look at moduli must not find."""
+    values, lowest = prepared(name)[1]
+    largest = ", ".join(f"{value:.3g}" for value in values)
+    return f"{WORKLOADS[name].title}: {largest} (lowest: {lowest:.2g})."
 
 
 def machine(clock: str) -> str:
@@ -202,16 +210,16 @@ def main() -> None:
                 start, busy = time.perf_counter(), time.process_time()
                 found = measure(name, k, args)
                 path.write_text(json.dumps([dataclasses.asdict(row) for row in found], indent=1))
-                print(
-                    f"{path.stem}: {time.perf_counter() - start:.0f} s, of the CPU {time.process_time() - busy:.0f} s",
-                    flush=True,
-                )
+                took, used = time.perf_counter() - start, time.process_time() - busy
+                print(f"{path.stem}: {took:.0f} s, {used:.0f} s of processor time", flush=True)
             rows += [Row(**row) for row in json.loads(path.read_text())]
-    block = write(rows, machine(args.clock), args.out / "benchmark_peers.md")
+    spectra = " ".join(spectrum(name) for name in args.workload)
+    block = write(rows, machine(args.clock), spectra, args.out / "benchmark_peers.md")
     print(block)
     draw(rows, args.out / "benchmark_peers.png")
     if args.readme is not None:
-        quote(args.readme, "benchmark_peers", block)
+        picture = "![True error over seconds](examples/results/benchmark_peers.png)"
+        quote(args.readme, "benchmark_peers", f"{block}\n\n{picture}")
 
 
 if __name__ == "__main__":

@@ -282,7 +282,7 @@ def main() -> None:
     draw(found, args.out / "benchmark_scale.png")
     print(block)
     if args.readme is not None:
-        quote(args.readme, "benchmark_scale", block)
+        quote(args.readme, "benchmark_scale", f"{block}\n![Cost and memory](examples/results/benchmark_scale.png)")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,10 @@ def calibrated(
     k, num_batches, found = len(values), len(now.batches), []
     for tool in TOOLS:
         first = Candidate(tool, Row(title, k, num_batches, tool.name, "cheapest", tool.cheapest(k)[0]))
-        if not _can_do(first, now):
-            found.append(first)
+        reason = _why_not(first, now)
+        if reason:
+            found.append(first.with_(kind="default", options={}, note=f"fails: {reason}"))
+        if reason and first.row.note != HELP:
             continue
         cold = _candidates(first, ALL_KINDS, now, values, quick)
         found += cold
@@ -69,17 +71,19 @@ def calibrated(
     return found
 
 
-def _can_do(candidate: Candidate, problem: Problem) -> bool:
-    """Find out whether the tool runs at all, and whether the math attention kernel helps; note it in the row."""
-    for note in ("", HELP):
-        candidate.row.note = note
-        try:
-            candidate.run(problem, 0)
-            return True
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-    candidate.row.note = f"fails: {reason}"
-    return False
+def _why_not(candidate: Candidate, problem: Problem) -> str:
+    """Return why the tool fails, if it does; note in the row that the math attention kernel helps, if it does."""
+    try:
+        candidate.run(problem, 0)
+        return ""
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+    try:
+        candidate.row.note = HELP
+        candidate.run(problem, 0)
+    except RuntimeError:
+        candidate.row.note = ""
+    return reason
 
 
 def _candidates(

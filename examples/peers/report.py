@@ -172,10 +172,14 @@ def verdict_table(rows: Sequence[Row], k: int, num_batches: Sequence[int] = (1, 
     return "\n".join(lines)
 
 
-def write(rows: Sequence[Row], machine: str, path: Path) -> str:
+def write(rows: Sequence[Row], machine: str, spectra: str, path: Path) -> str:
     """Write everything as Markdown and return the block that the README quotes."""
     ks = sorted({row.k for row in rows}, reverse=True)
-    parts = ["# Top eigenvalues of the Hessian: lightning-flatness beside its peers", machine]
+    parts = [
+        "# Top eigenvalues of the Hessian: lightning-flatness beside its peers",
+        machine,
+        f"True eigenvalues: {spectra}",
+    ]
     parts += [verdict_table(rows, k) for k in ks]
     for cell in dict.fromkeys(row.cell for row in rows):
         batches = "one batch" if cell[2] == 1 else f"{cell[2]} microbatches"
