@@ -220,6 +220,7 @@ def main() -> None:
     draw(labels, path, title, args.every_n_epochs)
     print(f"\nTook {time.perf_counter() - start:.0f} s. Curves: {path}")
     print(f"Open them in TensorBoard:  tensorboard --logdir {args.out}")
+    print(f"Compare at a training loss of your choice:  lightning-flatness compare {args.out} --at loss=0.02")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def copy_batch(batch: Any) -> Any:
 
     def copied(tensor: Tensor) -> Tensor:
         with torch.inference_mode(False):
-            return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            copied = tensor.detach().clone()
+        return copied.requires_grad_() if tensor.requires_grad else copied
 
     return map_tensors(copied, batch, copy.copy)
 

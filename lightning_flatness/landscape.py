@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_flatness.batches import copy_batch, infer_batch_size, prepare_batch, slice_samples
 from lightning_flatness.cost import Cost
-from lightning_flatness.engines import EngineName, GraphStore, Products, check_engine, kept_gradient
+from lightning_flatness.engines import EngineName, GraphStore, Products, check_engine
 from lightning_flatness.gauss_newton import normalized_logits, output_loss_of
 from lightning_flatness.geometry import Chart, Geometry, resolve_geometry
 from lightning_flatness.isolation import DifferentiableWeightNorm, Isolation, Mode, isolated, preserved_rng
@@ -53,10 +53,13 @@ class LossLandscape:
             :class:`OutputLoss` is needed for what looks at the outputs (:meth:`ggnvp`, normalised logits).
         mode: ``"eval"`` (dropout off, running statistics) or ``"train"`` (dropout with fixed masks, batch
             statistics).
-        engine: How Hessian-vector products are made. ``"exact"``: by differentiating twice; the graphs of batches are
-            kept between products as far as ``graph_memory`` goes (``"kept"``: all of them; ``"rebuilt"``: none).
-            ``"finite_difference"``: central differences of the gradient. ``"auto"``: exact, and finite
-            differences, with a warning, if an operator has no second derivative.
+        engine: How Hessian-vector products are made. ``"auto"``: by differentiating twice, the graphs of batches kept
+            between products as far as ``graph_memory`` goes and rebuilt in every product beyond that; by finite
+            differences, with a warning, if an operator has no second derivative. ``"exact"``: the same, but an error
+            instead of the warning. ``"kept"``, ``"rebuilt"``: all graphs, or none. ``"forward_over_reverse"`` (dual
+            numbers) and ``"linearized"`` (``torch.func.linearize``) are compared with the former in every
+            measurement; what they cannot do is left to ``"auto"``, with a warning. ``"finite_difference"``: central
+            differences of the gradient, with ``product_error`` their relative error.
         graph_memory: Bytes of gradient graphs that are kept between Hessian-vector products of one measurement.
             Batches beyond that are differentiated anew in each product, which costs 1.5 times as much.
         batch_size_fn: ``batch_size_fn(batch)`` returns the number of samples of a batch. Default: the length
@@ -136,12 +139,15 @@ class LossLandscape:
         self._isolation: Isolation | None = None
         self._gradient: Tensor | None = None
         self._charts: dict[str | Geometry, Chart] = {}
+        self.sharp_covectors: Tensor | None = None
+        """What one geometry leaves to the next in a measurement; see :mod:`lightning_flatness.estimators.starts`."""
 
     @property
     def engine(self) -> str:
         """What made the last Hessian-vector product; before the first one what was asked for.
 
-        ``"kept"``, ``"rebuilt"`` or ``"kept+rebuilt"`` (for some batches each), ``"finite_difference"``.
+        ``"kept"``, ``"rebuilt"`` or ``"kept+rebuilt"`` (for some batches each), ``"forward_over_reverse"``,
+        ``"linearized"`` or ``"finite_difference"``.
         """
         return self._products.engine
 
@@ -171,7 +177,7 @@ class LossLandscape:
                 yield self
             finally:
                 self.parameters = held
-                self._isolation = self.graphs = self._gradient = None
+                self._isolation = self.graphs = self._gradient = self.sharp_covectors = None
                 self._charts.clear()
 
     @contextmanager
@@ -190,8 +196,8 @@ class LossLandscape:
                 yield
             return
         originals = [p.data for p in self.parameters]
-        here = self.graphs, self._gradient, self._charts
-        self.graphs, self._gradient, self._charts = None, None, {}
+        here = self.graphs, self._gradient, self._charts, self.sharp_covectors
+        self.graphs, self._gradient, self._charts, self.sharp_covectors = None, None, {}, None
         try:
             for p, original, change in zip(self.parameters, originals, self.unflatten(displacement), strict=True):
                 p.data = torch.add(original, change, alpha=scale).to(original.dtype)
@@ -199,7 +205,7 @@ class LossLandscape:
         finally:
             for p, original in zip(self.parameters, originals, strict=True):
                 p.data = original
-            self.graphs, self._gradient, self._charts = here
+            self.graphs, self._gradient, self._charts, self.sharp_covectors = here
 
     def chart(self, geometry: str | Geometry) -> Chart:
         """Return the coordinates of ``geometry`` around the current weights.
@@ -273,6 +279,7 @@ class LossLandscape:
         fresh = {
             "graphs": None,
             "_gradient": None,
+            "sharp_covectors": None,
             "_products": self._products.fresh(),
             "operators": replace(self.operators),
         }
@@ -303,26 +310,51 @@ class LossLandscape:
         with self.measurement():
             return self.mean_over_samples(local, 1)[0]
 
-    def gradient(self) -> Tensor:
+    def gradient(self, *, keep_graphs: bool = False) -> Tensor:
         """Return the gradient of ``L`` at ``w``, shape (num_parameters,).
 
         Costs one gradient; nothing where a Hessian-vector product of the same measurement left it behind, or for the
         second time in one measurement.
+
+        Args:
+            keep_graphs: Leave its graphs to the Hessian-vector products that will follow, as far as there is room.
         """
         if self._gradient is not None:
             return self._gradient.clone()
 
-        def local(index: int) -> Sequence[Tensor | None]:
-            if (kept := kept_gradient(self, index)) is not None:
-                return kept
-            self.cost.add_batch_gradient(index, self.batch_sizes)
-            return torch.autograd.grad(self.batch_loss(index), self.parameters, allow_unused=True)
-
         with self.measurement():
-            gradient = self.mean_over_samples(local, self.num_parameters)
-            if self.graphs is not None:  # not at displaced weights
-                self._gradient = gradient
+            gradient = self.sum_over_ranks(lambda total: self._add_gradient(total, keep_graphs), self.num_parameters)
+            if self.graphs is None:  # at displaced weights
+                return gradient
+            self._gradient, self.graphs.gradient_sum = gradient, None
             return gradient.clone()
+
+    def leave_gradient(self, index: int, pieces: Sequence[Tensor | None]) -> None:
+        """Take the gradient of a batch, which is a by-product of a Hessian-vector product, for :meth:`gradient`.
+
+        Args:
+            index: Which of this rank's batches.
+            pieces: Its gradient, a piece per parameter.
+        """
+        if self.graphs is None or self._gradient is not None or index in self.graphs.summed:
+            return
+        if self.graphs.gradient_sum is None:
+            self.graphs.gradient_sum = torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+        self._add_batch(self.unflatten(self.graphs.gradient_sum), index, pieces)
+        self.graphs.summed.add(index)
+
+    def _add_gradient(self, total: Tensor, keep_graphs: bool) -> None:
+        if keep_graphs:
+            self._products.keep_graphs(self)
+        known = set() if self.graphs is None else self.graphs.summed
+        if self.graphs is not None and self.graphs.gradient_sum is not None:
+            total.add_(self.graphs.gradient_sum)
+        views = self.unflatten(total)
+        for index in range(len(self.batches)):
+            if index not in known:
+                self.cost.add_batch_gradient(index, self.batch_sizes)
+                pieces = torch.autograd.grad(self.batch_loss(index), self.parameters, allow_unused=True)
+                self._add_batch(views, index, pieces)
 
     def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Return ``L(w)`` and its gradient, for the price of the gradient and with one all-reduce."""
@@ -334,12 +366,13 @@ class LossLandscape:
 
         with self.measurement():
             both = self.mean_over_samples(local, 1 + self.num_parameters)
-            return both[0].clone(), both[1:].clone()
+            return both[0], both[1:]
 
     def hvp(self, v: Tensor) -> Tensor:
         """Return ``H v``, the product of the Hessian of ``L`` at ``w`` with a vector.
 
-        Costs about two gradients while the graph is kept (see :meth:`measurement`), three otherwise.
+        Costs about two gradients while the graph is kept (see :meth:`measurement`), three otherwise. Beside ``v`` and
+        the graph it takes memory for three vectors like ``v`` (the sum, the product of one batch, the gradient).
 
         Args:
             v: Flat vector, shape (num_parameters,).
@@ -457,12 +490,16 @@ class LossLandscape:
         def add(total: Tensor) -> None:
             views = list(total[:num_scalars])
             views += self.unflatten(total[num_scalars:]) if size > num_scalars else []
-            for index, num_samples in enumerate(self.batch_sizes):
-                for view, piece in zip(views, local(index), strict=True):
-                    if piece is not None:
-                        view.add_(piece.detach(), alpha=num_samples / self.num_samples)
+            for index in range(len(self.batches)):
+                self._add_batch(views, index, local(index))
 
         return self.sum_over_ranks(add, size)
+
+    def _add_batch(self, views: Sequence[Tensor], index: int, pieces: Sequence[Tensor | None]) -> None:
+        """Add what a batch contributes to a mean over all samples."""
+        for view, piece in zip(views, pieces, strict=True):
+            if piece is not None:
+                view.add_(piece.detach(), alpha=self.batch_sizes[index] / self.num_samples)
 
     def sum_over_ranks(self, add: Callable[[Tensor], None], size: int) -> Tensor:
         """Return the sum over all ranks of what each adds to a vector of zeros, with one all-reduce.

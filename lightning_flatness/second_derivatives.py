@@ -83,15 +83,18 @@ def graph_nodes(outputs: Iterable[Tensor]) -> set[Any]:
 
 
 @contextmanager
-def counted_bytes() -> Iterator[dict[int, int]]:
-    """Yield the bytes of the storages that graphs made inside the block keep, by address."""
+def counted_bytes(parameters: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Yield the bytes of the storages, but those of parameters, that graphs made inside the block keep, by address."""
     storages: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in parameters}
 
     def note(tensor: Tensor) -> Tensor:
         if tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+        # Without its history, which autograd gives back to it: an output kept by its own node would never be freed.
+        return tensor.detach()
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         yield storages

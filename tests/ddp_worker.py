@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loggers import CSVLogger
-from modules import Augmented, Classifier, loader, trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from modules import Augmented, Busy, Classifier, loader, trainer
 from problems import PROBLEMS, make_problem
 from registry import METRICS, make_landscape
 from torch import Tensor
@@ -42,7 +42,9 @@ def monitor(out: Path, num_devices: int, probe_size: int) -> None:
     )
     run.fit(Classifier(), loader(Augmented(), batch_size=8 // num_devices))
     values = {
-        k: float(v) for k, v in run.callback_metrics.items() if k.startswith("flatness/") and k != "flatness/seconds"
+        k: float(v)
+        for k, v in run.callback_metrics.items()
+        if k.startswith("flatness/") and k not in ("flatness/seconds", "flatness/share_of_epoch_time")
     }
     (out / f"rank{run.global_rank}.json").write_text(json.dumps(values))
 
@@ -54,6 +56,14 @@ def fail(out: Path) -> None:
         run.fit(Fragile(), loader(Augmented()))
     except (ArithmeticError, RuntimeError) as error:
         (out / f"rank{run.global_rank}.json").write_text(json.dumps(f"{type(error).__name__}: {error}"))
+
+
+def hyperparameters(out: Path) -> None:
+    """The columns are what is logged, which is reduced over the ranks when it is first read: by all of them."""
+    logger = TensorBoardLogger(out, name="", version="run", default_hp_metric=False)
+    run = trainer(out, FlatnessMonitor(), strategy="ddp", devices=2, max_epochs=2, logger=logger)
+    run.fit(Busy(), loader(Augmented()), loader(Augmented(), shuffle=False))
+    (out / f"rank{run.global_rank}.json").write_text(json.dumps(sorted(run.callback_metrics)))
 
 
 def landscape(out: Path) -> None:
@@ -157,5 +167,6 @@ if __name__ == "__main__":
         "metrics": metrics,
         "reductions": reductions,
         "surface": surface,
+        "hyperparameters": hyperparameters,
     }
     commands[command](Path(out), *map(int, numbers))

@@ -9,6 +9,8 @@ import lightning_flatness
 
 PACKAGE = Path(lightning_flatness.__file__).parent
 ORDER = [
+    "__main__",
+    "compare",
     "callbacks",
     "surface",
     "metrics",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import wanted
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_flatness.estimators import lanczos
 
@@ -49,16 +53,33 @@ def test_five_extreme_pairs_of_a_known_spectrum(name, which):
     assert (true_residuals <= result.residuals + 1e-12).all()
 
 
-@pytest.mark.parametrize("name", ["outliers", "degenerate", "clustered", "indefinite", "rank one"])
+@pytest.mark.parametrize("name", ["clustered", "degenerate", "indefinite", "rank one", "zero"])
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
 @pytest.mark.parametrize("max_basis", [4, 8, 16])
-def test_restarted_equals_unrestarted(name, max_basis):
+def test_restarted_equals_unrestarted(name, which, max_basis):
     a = matrix(SPECTRA[name])
-    k = 1 if max_basis == 4 else 2
-    options = {"k": k, "which": "LA", "tol": 1e-9, "dtype": torch.float64, "max_products": 5000}
+    k = min(len(a), {4: 1, 8: 2, 16: 5}[max_basis])
+    options = {"k": k, "which": which, "tol": 1e-7, "dtype": torch.float64, "max_products": 8000}
     restarted = lanczos(lambda v: a @ v, len(a), max_basis=max_basis, **options)
-    whole = lanczos(lambda v: a @ v, len(a), max_basis=len(a), **options)
+    whole = lanczos(lambda v: a @ v, len(a), max_basis=max(len(a), k + 2), **options)
     assert restarted.converged
-    torch.testing.assert_close(restarted.eigenvalues, whole.eigenvalues, rtol=1e-8, atol=1e-10)
+    expected = wanted(torch.tensor(SPECTRA[name], dtype=torch.float64), which, k)
+    for values in (restarted.eigenvalues, whole.eigenvalues):
+        if which == "LM":
+            values, expected = values.abs(), expected.abs()
+        torch.testing.assert_close(values, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("max_basis", [4, 8, 16])
+def test_as_many_pairs_as_the_basis_permits(max_basis):
+    a, k = matrix(SPECTRA["outliers"]), max_basis - 2
+    options = {"max_basis": max_basis, "tol": 1e-8, "dtype": torch.float64, "max_products": 8000}
+    result = lanczos(lambda v: a @ v, len(a), k=k, **options)
+    assert result.converged
+    expected = wanted(torch.tensor(SPECTRA["outliers"], dtype=torch.float64), "LA", k)
+    torch.testing.assert_close(result.eigenvalues, expected, rtol=1e-8, atol=1e-10)
+    with pytest.raises(ValueError, match=rf"Expected `max_basis` to be >= k \+ 2 = {k + 3}, got {max_basis}"):
+        lanczos(lambda v: a @ v, len(a), k=k + 1, **options)
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=25), st.sampled_from(["LA", "SA", "LM"]), st.data())
@@ -74,23 +95,43 @@ def test_any_spectrum(spectrum, which, data):
     torch.testing.assert_close(values, expected, rtol=1e-7, atol=1e-8)
 
 
-def test_basis_is_bounded_and_allocated_as_used():
-    """Counts the vectors that are alive in the solver's basis."""
-    from lightning_flatness.estimators.lanczos import _Solver
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of the storages that the operators inside of it have made and that are alive."""
 
-    a = matrix(SPECTRA["indefinite"])
-    longest = 0
-    solver = _Solver(lambda v: a @ v, len(a), 1, "LA", 1e-12, 10, 0, torch.float64, torch.device("cpu"))
-    product = solver.matvec
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.seen: set[int] = set()
 
-    def counted(v: Tensor) -> Tensor:
-        nonlocal longest
-        longest = max(longest, sum(block.shape[0] for block in solver.basis._blocks))
-        return product(v)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, list | tuple) else [output]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
+        return output
 
-    solver.matvec = counted
-    assert solver.run(None, 2000).num_products > 10
-    assert longest <= 12  # in blocks of four
+    def release(self, key: int, num_bytes: int) -> None:
+        self.seen.discard(key)
+        self.alive -= num_bytes
+
+
+@pytest.mark.parametrize(("k", "max_basis"), [(1, 4), (1, 16), (3, 8), (5, 13)])
+@pytest.mark.parametrize("warm", [False, True])
+def test_memory_is_the_basis_and_at_most_six_vectors(k, max_basis, warm):
+    size = 100_000
+    diagonal = torch.cat([torch.arange(1.0, 9), torch.linspace(-1, 1, size - 8)])
+    start = torch.eye(k + 2, size) if warm else None
+    with Allocations() as memory:
+        result = lanczos(
+            lambda v: diagonal * v, size, k=k, max_basis=max_basis, tol=1e-5, max_products=120, start=start
+        )  # fmt: skip
+    assert result.num_products > max_basis  # so it has restarted
+    assert memory.peak <= (max_basis + 6) * size * 4
+    assert memory.alive <= (k + 3) * size * 4
 
 
 def test_deterministic_given_the_seed():

@@ -51,7 +51,7 @@ def test_logs_the_documented_keys_before_training_and_at_every_epoch_end(tmp_pat
     run, recorder = fit(tmp_path, FlatnessMonitor())
     records = flatness_records(recorder)
     assert [step for step, _ in records] == [0, 5, 10, 15]
-    assert all(set(m) == KEYS for _, m in records)
+    assert [set(m) for _, m in records] == [KEYS] + [KEYS | {"flatness/share_of_epoch_time"}] * 3
     assert set(run.callback_metrics) >= KEYS
     last = records[-1][1]
     for key in KEYS - {"flatness/seconds"}:
@@ -108,7 +108,22 @@ def test_own_metrics_replace_the_set(tmp_path):
     _, recorder = fit(tmp_path, FlatnessMonitor(metrics, log_key_prefix="mine/"), max_epochs=1)
     names = {"sharpest", "sharpest_residual", "sharpest_2", "sharpest_2_residual", "lowest", "lowest_residual"}
     expected = {f"mine/{n}" for n in names | {"seconds", "gradient_evaluations"}}
-    assert [set(m) for _, m in recorder.records if any(k.startswith("mine/") for k in m)] == [expected] * 2
+    found = [set(m) for _, m in recorder.records if any(k.startswith("mine/") for k in m)]
+    assert found == [expected, expected | {"mine/share_of_epoch_time"}]
+
+
+def test_the_share_of_the_epochs_time_is_that_of_the_measurement_at_its_end(tmp_path, monkeypatch):
+    """By a clock that moves by the second at every look: what is counted, and what is left out."""
+    ticks = iter(range(10_000))
+    monkeypatch.setattr("lightning_flatness.callbacks.flatness_monitor.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("lightning_flatness.callbacks.landscape_monitor._Progress", lambda *args: lambda: None)
+    _, recorder = fit(tmp_path, FlatnessMonitor(every_n_steps=2), max_epochs=1)
+    records = flatness_records(recorder)
+    assert [step for step, _ in records] == [0, 2, 4, 5]
+    assert all(m["flatness/seconds"] == 1 for _, m in records)
+    shares = [m.get("flatness/share_of_epoch_time") for _, m in records]
+    # The epoch starts at 2; the measurements after steps run from 3 to 4 and from 5 to 6, the last one from 7 to 8.
+    assert shares == [None, None, None, 1 / (7 - 2 - 2)]
 
 
 def test_every_n_epochs_and_every_n_steps(tmp_path):

@@ -16,8 +16,11 @@ import torch
 from ddp_worker import SURFACES
 from problems import PROBLEMS, make_problem
 from registry import make_landscape
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from lightning_flatness import LossLandscape, TopEigenvalues, loss_surface
+from lightning_flatness.compare import read_runs
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
@@ -81,6 +84,18 @@ def test_ddp_logs_the_values_of_one_process_once(tmp_path, probe_size):
     before, alone = rows[0], logged(tmp_path / "one")[0]
     for key in ("lambda_max", "lambda_2", "lambda_3", "invariant_sharpness"):
         assert float(before[f"flatness/{key}"]) == pytest.approx(float(alone[f"flatness/{key}"]), rel=1e-5)
+
+
+def test_hyperparameters_are_written_by_the_first_rank_and_no_rank_waits(tmp_path):
+    first, second = run_ranks("hyperparameters", tmp_path)
+    assert first == second
+    (run,), problems = read_runs([tmp_path / "run"])
+    assert not problems
+    assert len(list((tmp_path / "run").glob("*tfevents*"))) == 1
+    assert run.hyperparameters["batch_size"] == 16  # 8 on each of two ranks
+    content = EventAccumulator(str(tmp_path / "run")).Reload().PluginTagToContent("hparams")
+    columns = metadata.parse_experiment_plugin_data(content[metadata.EXPERIMENT_TAG]).metric_infos
+    assert {"flatness/lambda_max", "val_loss", "accuracy_epoch"} <= {column.name.tag for column in columns}
 
 
 def test_landscape_in_a_process_group(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from peers.report import OURS, PEERS, TARGET_ERROR, Row
 
@@ -23,7 +24,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw a column for each network and a row for each number of eigenvalues and of batches."""
     workloads = list(dict.fromkeys(row.workload for row in rows))
     kinds = sorted({(row.k, row.num_batches) for row in rows}, key=lambda kind: (-kind[0], kind[1]))
-    size = (3.1 * len(workloads) + 0.6, 2.6 * len(kinds) + 1.1)
+    size = (max(9.5, 3.1 * len(workloads) + 0.6), 2.6 * len(kinds) + 1.1)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(kinds), len(workloads), squeeze=False, sharey=True)
@@ -60,6 +61,9 @@ def _panel(ax: Any, rows: Sequence[Row]) -> None:
             color="0.3",
         )
     ax.set(xscale="log", yscale="log", ylim=(SMALLEST / 2, 1))
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
 

@@ -278,7 +278,8 @@ class _Progress:
             bar = self._trainer.progress_bar_callback
             message = (
                 f"{self._name}: measuring for {elapsed:.0f} s, "
-                f"{self._landscape.cost.num_products} Hessian-vector products so far."
+                f"{self._landscape.cost.num_products} Hessian-vector products so far, engine "
+                f"'{self._landscape.engine}'."
             )
             (rank_zero_info if bar is None else bar.print)(message)
 

@@ -6,6 +6,7 @@ pyplot, which has state of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,9 +31,11 @@ def custom_scalars_layout(charts: Mapping[str, Sequence[str]], title: str = "fla
 
     Example:
         >>> custom_scalars_layout({"edge": ["flatness/lambda_max", "flatness/stability_edge"]})
-        {'flatness': {'edge': ['Multiline', ['flatness/lambda_max', 'flatness/stability_edge']]}}
+        {'flatness': {'edge': ['Multiline', ['flatness/lambda_max$', 'flatness/stability_edge$']]}}
     """
-    return {title: {name: ["Multiline", list(keys)] for name, keys in charts.items() if keys}}
+    # TensorBoard takes them for patterns that a curve's name begins with, and would draw the residuals, too.
+    patterns = {name: [f"{re.escape(key)}$" for key in keys] for name, keys in charts.items() if keys}
+    return {title: {name: ["Multiline", tags] for name, tags in patterns.items()}}
 
 
 def log_layout(trainer: Trainer, layout: Layout) -> None:
@@ -42,12 +45,25 @@ def log_layout(trainer: Trainer, layout: Layout) -> None:
         trainer: Whose loggers to write to; ranks other than the first write nothing.
         layout: See :func:`custom_scalars_layout`.
     """
-    for logger in trainer.loggers if trainer.is_global_zero else []:
-        # By name, so that both packages of Lightning count; tensorboardX has the method, too.
-        if any("TensorBoard" in base.__name__ for base in type(logger).__mro__):
-            writer: Any = getattr(logger, "experiment", None)
-            if callable(getattr(writer, "add_custom_scalars", None)):
-                writer.add_custom_scalars(layout)
+    for logger in tensorboard_loggers(trainer) if trainer.is_global_zero else []:
+        if callable(getattr(logger.experiment, "add_custom_scalars", None)):  # tensorboardX has it, too
+            logger.experiment.add_custom_scalars(layout)
+
+
+def tensorboard_loggers(trainer: Trainer) -> list[Any]:
+    """Return those of a Trainer's loggers that write for TensorBoard.
+
+    Args:
+        trainer: Whose loggers.
+
+    Returns:
+        Loggers known by their name, so that those of both packages of Lightning count.
+    """
+    return [
+        logger
+        for logger in trainer.loggers
+        if any("TensorBoard" in base.__name__ for base in type(logger).__mro__) and hasattr(logger, "experiment")
+    ]
 
 
 def log_figure(trainer: Trainer, key: str, figure: Figure) -> bool:

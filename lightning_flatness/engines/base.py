@@ -45,7 +45,7 @@ class BatchedLoss(Protocol):
     graphs: GraphStore | None
     """Where graphs may be left for the next product; None at displaced weights."""
 
-    def batch_loss(self, index: int) -> Tensor:
+    def batch_loss(self, index: int, *, allow_non_finite: bool = False) -> Tensor:
         """Return the loss of a batch with its graph."""
 
     def fresh_batch(self, index: int) -> Any:
@@ -59,6 +59,9 @@ class BatchedLoss(Protocol):
 
     def gradient(self) -> Tensor:
         """Return the gradient of the mean loss."""
+
+    def leave_gradient(self, index: int, pieces: Sequence[Tensor | None]) -> None:
+        """Take the gradient of a batch, which is a by-product of a Hessian-vector product."""
 
     def displaced(self, displacement: Tensor, scale: float = 1.0) -> AbstractContextManager[None]:
         """Evaluate at ``w + scale · displacement`` inside."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_flatness.batches import tensors_in
 from lightning_flatness.engines.base import BatchedLoss, BatchEngine
+from lightning_flatness.engines.finite_difference import length_scale
 from lightning_flatness.gauss_newton import Linearization, OutputLoss, output_loss_of
 from lightning_flatness.isolation import DifferentiableWeightNorm
 from lightning_flatness.loss import check_loss
@@ -45,7 +46,10 @@ class GaussNewton(BatchEngine):
 
 
 class NumericGaussNewton(BatchEngine):
-    """``J v`` as a central difference of the outputs; ``Jᵀ`` and ``B`` need no second derivative of them."""
+    """``J v`` as a central difference of the outputs; ``Jᵀ`` and ``B`` need no second derivative of them.
+
+    A difference with twice the step tells the error.
+    """
 
     def name(self, loss: BatchedLoss) -> str:
         """Return ``"finite_difference"``."""
@@ -59,21 +63,21 @@ class NumericGaussNewton(BatchEngine):
         """Return ``J_bᵀ B_b (f_b(w + h v) - f_b(w - h v)) / 2h``."""
         output_loss = output_loss_of(loss, _PURPOSE)
         v = torch.cat([piece.reshape(-1) for piece in pieces])
-        eps = torch.finfo(v.dtype).eps
-        weights = math.hypot(*(float(torch.linalg.vector_norm(p.detach())) for p in loss.parameters))
-        step = eps ** (1 / 3) * (1 + weights) / float(torch.linalg.vector_norm(v))
-        loss.product_error = max(loss.product_error, 10 * eps ** (2 / 3))
-        forward, backward = (_displaced_outputs(loss, output_loss, index, v, sign * step) for sign in (1, -1))
+        eps = max(torch.finfo(p.dtype).eps for p in loss.parameters)
+        step = eps ** (1 / 3) * length_scale(loss.parameters, pieces)
+        jv, coarse = (_difference_of_outputs(loss, output_loss, index, v, factor * step) for factor in (1, 2))
+        distance, norm = _norm(_minus(coarse, jv)), _norm(jv)
+        loss.product_error = max(loss.product_error, distance / norm if norm > 0 else 0.0)
         with loss.forward_pass(index):
             linearization = Linearization(output_loss, loss.module, loss.fresh_batch(index), loss.parameters)
-        sides = zip(forward, backward, linearization.is_used, strict=True)
-        return linearization.product_from([(f - b) / (2 * step) for f, b, is_used in sides if is_used], keep=False)
+        used = [t for t, is_used in zip(jv, linearization.is_used, strict=True) if is_used]
+        return linearization.product_from(used, keep=False)
 
 
 def _linearized_batch(loss: BatchedLoss, index: int) -> tuple[Linearization, int]:
     """Return the outputs of a batch with their graph, and the bytes that it holds."""
     output_loss = output_loss_of(loss, _PURPOSE)
-    with counted_bytes() as storages:
+    with counted_bytes(loss.parameters) as storages:
         with loss.forward_pass(index), DifferentiableWeightNorm():
             linearization = Linearization(output_loss, loss.module, loss.fresh_batch(index), loss.parameters)
         check_loss(linearization.loss)
@@ -87,9 +91,21 @@ def _linearized_batch(loss: BatchedLoss, index: int) -> tuple[Linearization, int
     return linearization, sum(storages.values())
 
 
-def _displaced_outputs(
-    loss: BatchedLoss, output_loss: OutputLoss, index: int, direction: Tensor, step: float
+def _difference_of_outputs(
+    loss: BatchedLoss, output_loss: OutputLoss, index: int, v: Tensor, step: float
 ) -> list[Tensor]:
-    with loss.displaced(direction, step), torch.no_grad(), loss.forward_pass(index):
-        outputs = output_loss.outputs(loss.module, loss.fresh_batch(index))
-    return [t.clone() for t in tensors_in(outputs)]
+    """Return ``(f(w + step v) - f(w - step v)) / (2 step)``."""
+    sides = []
+    for sign in (1, -1):
+        with loss.displaced(v, sign * step), torch.no_grad(), loss.forward_pass(index):
+            outputs = output_loss.outputs(loss.module, loss.fresh_batch(index))
+        sides.append([t.clone() for t in tensors_in(outputs)])
+    return [t / (2 * step) for t in _minus(*sides)]
+
+
+def _minus(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
+    return [a - b for a, b in zip(left, right, strict=True)]
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(t)) for t in tensors))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+Key: TypeAlias = tuple[type, int | str]
+"""The engine that made a graph, and the batch."""
 
 
 class GraphStore:
@@ -15,26 +19,27 @@ class GraphStore:
 
     def __init__(self, budget: float) -> None:
         self.budget = budget
-        self._graphs: dict[Hashable, Any] = {}
-        self._sizes: dict[Hashable, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._graphs)
+        self.gradient_sum: Tensor | None = None
+        """The gradients of batches that were by-products, weighted and added up, for the gradient of all."""
+        self.summed: set[int] = set()
+        """Whose gradients those are."""
+        self._graphs: dict[Key, Any] = {}
+        self._sizes: dict[Key, int] = {}
 
     @property
     def room(self) -> float:
         """Bytes that are left."""
         return self.budget - sum(self._sizes[key] for key in self._graphs)
 
-    def get(self, key: Hashable) -> Any:
+    def get(self, key: Key) -> Any:
         """Return the graph kept under a key, or None."""
         return self._graphs.get(key)
 
-    def may_fit(self, key: Hashable) -> bool:
-        """Return whether a graph may be kept: whether there is room for it, as far as its size is known."""
-        return self._sizes.get(key, 0) <= self.room and self.budget > 0
+    def may_fit(self, key: Key) -> bool:
+        """Return whether there is room for a graph, as far as its size is known from an earlier one."""
+        return self.room > 0 and self._sizes.get(key, 0) <= self.room
 
-    def offer(self, key: Hashable, graph: Any, num_bytes: int) -> bool:
+    def offer(self, key: Key, graph: Any, num_bytes: int) -> bool:
         """Keep a graph if there is room.
 
         Args:
@@ -50,3 +55,7 @@ class GraphStore:
             return False
         self._graphs[key] = graph
         return True
+
+    def discard(self, engine: type) -> None:
+        """Forget the graphs of an engine."""
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] is not engine}

@@ -2,7 +2,8 @@
 
 from lightning_flatness.estimators.density import DensityResult, spectral_density
 from lightning_flatness.estimators.eigenvalues import top_eigenvalues
-from lightning_flatness.estimators.lanczos import EigenResult, Which, lanczos
+from lightning_flatness.estimators.krylov import EigenResult, Which
+from lightning_flatness.estimators.lanczos import lanczos
 from lightning_flatness.estimators.minimum import MinimumSharpnessResult, minimum_sharpness
 from lightning_flatness.estimators.noise import GradientNoiseResult, gradient_noise, noise_curvature_ratio
 from lightning_flatness.estimators.operators import Operator

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lightning_flatness.estimators.lanczos import EigenResult, Which, lanczos
+from lightning_flatness.estimators.krylov import EigenResult, Which
+from lightning_flatness.estimators.lanczos import lanczos
 from lightning_flatness.estimators.operators import Operator, curvature_product
+from lightning_flatness.estimators.starts import remember_covectors, start_vector
 from lightning_flatness.geometry import Geometry
 from lightning_flatness.landscape import LossLandscape
 
@@ -23,6 +25,7 @@ def top_eigenvalues(
     max_products: int = 300,
     max_basis: int | None = None,
     start: Tensor | None = None,
+    shared_start: bool = False,
     seed: int = 0,
 ) -> EigenResult:
     """Return the extreme eigenpairs of the Hessian (or Gauss-Newton matrix) of ``z -> L(w(z))`` at the current weights.
@@ -40,6 +43,9 @@ def top_eigenvalues(
         max_products: Hessian-vector products after which to stop in any case.
         max_basis: Vectors of the size of the weights to keep at most; see :func:`lanczos` for the default.
         start: ``subspace`` of an earlier result to start from, shape (any, number of coordinates).
+        shared_start: Start from the sharpest directions that an earlier call in the same ``measurement()`` has found
+            in another geometry, where there was one: one to four products then mostly do for ``k = 1``. The result
+            depends on that call, within its residual.
         seed: Seed of the random start.
 
     Returns:
@@ -58,10 +64,12 @@ def top_eigenvalues(
             tol=tol,
             max_products=max_products,
             max_basis=max_basis,
-            start=start if start is None or start.shape[-1] == chart.num_coordinates else None,
+            start=start_vector(landscape, chart, start, operator=operator, k=k, which=which, shared=shared_start),
             seed=seed,
             dtype=landscape.dtype,
             device=landscape.device,
         )
+        if which != "SA":
+            remember_covectors(landscape, chart, result.eigenvectors)
     product_error = landscape.product_error * result.eigenvalues.abs().max()
     return replace(result, residuals=result.residuals + product_error)

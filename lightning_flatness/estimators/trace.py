@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_flatness.estimators.lanczos import _Basis
+from lightning_flatness.estimators.basis import Basis
 from lightning_flatness.estimators.operators import (
     Operator,
     check_operator,
@@ -96,7 +96,7 @@ def stochastic_trace(
         vectors = (unit_vector(size, i, dtype, device) for i in range(size))
         return _result([_quadratic_form(matvec, v) for v in vectors], [], tol, size)
     generator = torch.Generator().manual_seed(seed)
-    basis = _Basis(size, dtype, device)
+    basis = Basis(size, dtype, device)
     if method == "hutch++":
         for _ in range(int(_SKETCH_SHARE * num_products)):
             _extend(basis, matvec(rademacher(size, generator, dtype, device)))
@@ -194,7 +194,7 @@ def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
     return samples.mean(dim=0), samples.std(dim=0) / math.sqrt(len(samples))
 
 
-def _extend(basis: _Basis, vector: Tensor) -> None:
+def _extend(basis: Basis, vector: Tensor) -> None:
     """Add a direction to the basis unless rounding is all that sticks out."""
     _check_finite(vector)
     norm = torch.linalg.vector_norm(vector)

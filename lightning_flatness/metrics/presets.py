@@ -16,7 +16,7 @@ Preset = Literal["default", "all"]
 
 
 def preset_metrics(
-    preset: Preset = "default", *, top_k: int = 1, tol: float = 1e-2, seed: int = 0
+    preset: Preset = "default", *, top_k: int = 1, tol: float = 3e-2, seed: int = 0
 ) -> dict[str, FlatnessMetric]:
     """Return the metrics of a named set, by the names under which the monitor logs them.
 
@@ -64,7 +64,7 @@ def preset_metrics(
         raise ValueError(f"Expected `metrics` to be 'default', 'all' or a dict of names and metrics, got {preset!r}.")
     metrics: dict[str, FlatnessMetric] = {
         "lambda_max": TopEigenvalues(k=top_k, tol=tol, seed=seed),
-        "invariant_sharpness": InvariantSharpness(tol=tol, seed=seed),
+        "invariant_sharpness": InvariantSharpness(tol=tol, seed=seed, shared_start=True),
     }
     if preset == "all":
         metrics |= {

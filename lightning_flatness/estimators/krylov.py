@@ -1,0 +1,230 @@
+"""One run of restarted Lanczos, behind :func:`lightning_flatness.estimators.lanczos`.
+
+Full reorthogonalisation and an explicitly projected matrix, so that restarts, deflation and fresh random
+directions need no case of their own; thick restarts keep the basis bounded. The basis stays on the operator's
+device; only its coefficients, a column per product, come to the CPU.
+
+One Krylov space contains one eigenvector of each eigenvalue, so copies of a multiple eigenvalue (a linear model
+with several outputs has every eigenvalue several times) would be missed. Where more than one pair is wanted, a
+few products with a fresh random vector, orthogonal to what was found, look for them before the result counts as
+converged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.estimators.basis import Basis, normalized
+
+Which = Literal["LA", "SA", "LM"]
+
+_NUM_SPARE_VECTORS = 2
+_SPARE_WEIGHT = 0.3
+_WARM_START_NOISE = 0.03
+_NUM_CONFIRMING_PRODUCTS = 3
+_CONFIRMING_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class EigenResult:
+    """Extreme eigenvalues of a symmetric operator.
+
+    Attributes:
+        eigenvalues: Shape (k,), the most wanted first.
+        residuals: Shape (k,), ``‖A y - theta y‖`` of each pair: an eigenvalue lies no farther than that from theta.
+        eigenvectors: Shape (k, size), orthonormal rows.
+        subspace: The eigenvectors and up to two next ones, to start a later run from, shape (k to k + 2, size).
+        converged: Whether all residuals reached the tolerance.
+        num_products: Products with the operator.
+    """
+
+    eigenvalues: Tensor
+    residuals: Tensor
+    eigenvectors: Tensor
+    subspace: Tensor
+    converged: bool
+    num_products: int
+
+
+class KrylovSolver:
+    """State of one run: basis Q (rows), projection T = Q A Qᵀ, and what ``A Qᵀ - Qᵀ T`` is known to be.
+
+    That remainder is one vector for the newest row of Q, plus one for every time that a fresh direction was taken
+    in its place. Of those, the coefficients in the basis are kept, a row of ``given_up`` each, but not the vectors.
+    """
+
+    def __init__(
+        self,
+        matvec: Callable[[Tensor], Tensor],
+        size: int,
+        k: int,
+        which: Which,
+        tol: float,
+        max_basis: int,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.matvec = matvec
+        self.size = size
+        self.k = k
+        self.which = which
+        self.tol = tol
+        self.eps = torch.finfo(dtype).eps
+        self.max_basis = max_basis
+        self.generator = torch.Generator().manual_seed(seed)
+        self.basis = Basis(size, dtype, device)
+        self.projection = torch.zeros(max_basis, max_basis, dtype=torch.float64)
+        self.given_up = torch.zeros(0, max_basis, dtype=torch.float64)
+        self.num_products = 0
+
+    def run(self, start: Tensor | None, max_products: int) -> EigenResult:
+        """Expand, project and restart until the wanted pairs have converged or the products are spent."""
+        self.basis.append(self._start_vector(start))
+        found: Tensor | None = None  # converged values; what follows is a look at the rest of the space
+        while True:
+            last, norm = self._expand()
+            values, coefficients, residuals = self._ritz_pairs(norm)
+            complete = len(self.basis) == self.size
+            exhausted = self.num_products >= max_products and len(values) >= self.k
+            if found is not None and self._is_better(values, found):
+                found = None  # there was more: go on as if nothing had been found
+            if found is None and self._are_converged(values, residuals):
+                if self.k > 1 and not complete and not exhausted:
+                    found = values[: self.k]
+                    self._give_up(norm)
+                    self._compress(coefficients[:, : self.k], found)
+                    self.basis.append(self._random_direction())
+                    continue
+                return self._result(values, coefficients, residuals, converged=True)
+            if found is not None and (complete or exhausted or self._is_rest_settled(values, residuals)):
+                return self._result(values, coefficients, residuals, converged=True)
+            if exhausted:
+                return self._result(values, coefficients, residuals, converged=False)
+            if len(self.basis) == self.max_basis:
+                num_kept = min(self.k + (self.max_basis - self.k) // 2, self.max_basis - 1)
+                self._compress(coefficients[:, :num_kept], values[:num_kept])
+            if self._is_negligible(norm):  # an invariant subspace
+                self.basis.append(self._random_direction())
+            else:
+                self.basis.append(last / norm)
+
+    def _expand(self) -> tuple[Tensor, float]:
+        """Multiply the newest basis vector, project, and return what sticks out of the basis, and its norm."""
+        newest = len(self.basis) - 1
+        product = self.matvec(self.basis[newest])
+        self.num_products += 1
+        column, remainder = self.basis.orthogonalize(product)
+        norm = float(torch.linalg.vector_norm(remainder))
+        if not (torch.isfinite(column).all() and norm < float("inf")):
+            raise RuntimeError(
+                "Expected finite Hessian-vector products, got one that is not. Check the gradient of the loss at the "
+                "current weights (e.g. a square root or a norm at zero), or measure in float64."
+            )
+        self.projection[newest, : newest + 1] = column
+        self.projection[: newest + 1, newest] = column
+        return remainder, 0.0 if len(self.basis) == self.size else norm
+
+    def _ritz_pairs(self, norm: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Ritz values, coefficients (columns) and residual norms, the most wanted first."""
+        n = len(self.basis)
+        values, coefficients = torch.linalg.eigh(self.projection[:n, :n])
+        key = {"LA": -values, "SA": values, "LM": -values.abs()}[self.which]
+        order = torch.argsort(key, stable=True)
+        values, coefficients = values[order], coefficients[:, order]
+        given_up = (self.given_up[:, :n] @ coefficients).abs().sum(dim=0)
+        return values, coefficients, (norm * coefficients[-1]).abs() + given_up
+
+    def _tolerances(self, values: Tensor, wanted: Tensor) -> Tensor:
+        """Return the residuals that are small enough; rounding forbids less than a little of the norm."""
+        return torch.maximum(self.tol * wanted.abs(), 8 * self.eps * values.abs().max())
+
+    def _are_converged(self, values: Tensor, residuals: Tensor) -> bool:
+        wanted = values[: self.k]
+        return len(wanted) == self.k and bool((residuals[: self.k] <= self._tolerances(values, wanted)).all())
+
+    def _is_better(self, values: Tensor, found: Tensor) -> bool:
+        gain = _wantedness(values[: self.k], self.which) - _wantedness(found, self.which)
+        return bool((gain > self._tolerances(values, found)).any())
+
+    def _is_rest_settled(self, values: Tensor, residuals: Tensor) -> bool:
+        """Whether the best pair beyond the wanted ones has converged, or clearly is worse than they are."""
+        if len(values) < self.k + _NUM_CONFIRMING_PRODUCTS:
+            return False
+        rest, residual = values[self.k], residuals[self.k]
+        is_worse = _wantedness(rest, self.which) + residual < _wantedness(values[self.k - 1], self.which)
+        is_rough = residual > _CONFIRMING_TOLERANCE * rest.abs()
+        return bool((is_worse and not is_rough) or residual <= self._tolerances(values, rest))
+
+    def _is_negligible(self, norm: float) -> bool:
+        n = len(self.basis)
+        return norm <= 8 * self.eps * float(torch.linalg.matrix_norm(self.projection[:n, :n], ord="fro"))
+
+    def _give_up(self, norm: float) -> None:
+        """Note that the remainder of the newest row will not become a basis vector."""
+        row = torch.zeros(1, self.max_basis, dtype=torch.float64)
+        row[0, len(self.basis) - 1] = norm
+        self.given_up = torch.cat([self.given_up, row])
+
+    def _compress(self, coefficients: Tensor, values: Tensor) -> None:
+        """Replace the basis by the Ritz vectors with these coefficients."""
+        n, num_kept = coefficients.shape
+        given_up = self.given_up[:, :n] @ coefficients
+        self.basis.rotate(coefficients)
+        self.projection.zero_()
+        self.projection[:num_kept, :num_kept] = torch.diag(values)
+        self.given_up.zero_()
+        self.given_up[:, :num_kept] = given_up
+
+    def _start_vector(self, start: Tensor | None) -> Tensor:
+        noise = normalized(self._random_vector())
+        if start is None or not torch.isfinite(start).all() or not start.any():
+            return noise
+        # The noise lets a direction in that has become wanted: from an eigenvector alone, a run would stay there.
+        return normalized(mixed(start.reshape(-1, self.size).to(noise), self.k) + _WARM_START_NOISE * noise)
+
+    def _random_direction(self) -> Tensor:
+        """Return a random unit vector orthogonal to the basis."""
+        _, vector = self.basis.orthogonalize(self._random_vector())
+        return normalized(vector)
+
+    def _random_vector(self) -> Tensor:
+        vector = torch.randn(self.size, generator=self.generator, dtype=self.basis.dtype)
+        return vector.to(self.basis.device)
+
+    def _result(self, values: Tensor, coefficients: Tensor, residuals: Tensor, converged: bool) -> EigenResult:
+        num_kept = min(self.k + _NUM_SPARE_VECTORS, len(values))
+        self._compress(coefficients[:, :num_kept], values[:num_kept])
+        values, residuals = values[: self.k], residuals[: self.k]
+        subspace = torch.stack([self.basis[i] for i in range(num_kept)])
+        return EigenResult(
+            eigenvalues=values.to(self.basis.dtype).to(self.basis.device),
+            residuals=residuals.to(self.basis.dtype).to(self.basis.device),
+            eigenvectors=subspace[: self.k],
+            subspace=subspace,
+            converged=converged,
+            num_products=self.num_products,
+        )
+
+
+def mixed(vectors: Tensor, k: int) -> Tensor:
+    """Return a unit vector that has all of these in it: the first ``k`` with weight one, the spare ones with less.
+
+    The spare ones know where a direction is that has become more wanted than those that were: from the old top vector
+    alone, a run can converge to it after two eigenvalues have changed places.
+
+    Args:
+        vectors: Shape (any, size), or one vector.
+        k: How many are wanted.
+    """
+    rows = vectors.reshape(-1, vectors.shape[-1])
+    return normalized(rows[:k].sum(dim=0) + _SPARE_WEIGHT * rows[k:].sum(dim=0))
+
+
+def _wantedness(values: Tensor, which: Which) -> Tensor:
+    return {"LA": values, "SA": -values, "LM": values.abs()}[which]

@@ -1,0 +1,385 @@
+"""Engines: the same product by each, chosen by memory, verified, reported, and without a trace."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from memory import CountedMemory
+from modules import Classifier, Plain, loader, trainer
+from problems import all_problems, make_problem
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_flatness import FlatnessMonitor, LossLandscape
+from lightning_flatness.engines.autograd import Autograd
+from lightning_flatness.engines.forward import ForwardOverReverse, Linearized
+from lightning_flatness.estimators import top_eigenvalues
+
+ENGINES = ("exact", "kept", "rebuilt", "forward_over_reverse", "linearized")
+SQUARED_ERROR = ("linear_regression", "tied_weights")
+"""Forward mode of torch 2.13 cannot differentiate the backward pass of ``mse_loss``."""
+
+
+def landscape_of(name: str, engine: str, mode: str | None = None, **options: Any) -> LossLandscape:
+    problem = make_problem(name)
+    return LossLandscape(
+        problem.module, problem.batches, problem.loss_fn, mode=mode or problem.mode, engine=engine, **options
+    )
+
+
+def vector(landscape: LossLandscape, seed: int = 0) -> Tensor:
+    return torch.randn(landscape.num_parameters, dtype=landscape.dtype, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def fall_back(expected: bool, match: str = "") -> Iterator[None]:
+    """Expect the warning of an engine that cannot, or none."""
+    with pytest.warns(UserWarning, match=match) if expected else warnings.catch_warnings():
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------- one product
+
+
+@all_problems
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_gives_the_same_product(name, mode, engine):
+    problem = make_problem(name)
+    problem.mode = mode
+    is_forward = engine in ("forward_over_reverse", "linearized")
+    cannot = is_forward and (name in SQUARED_ERROR or (name, mode, engine) == ("dropout", "train", "linearized"))
+    landscape = landscape_of(name, engine, mode)
+    with landscape.measurement():
+        for seed in range(2):
+            v = vector(landscape, seed)
+            with fall_back(cannot and seed == 0, f"Expected products by engine='{engine}', got"):
+                product = landscape.hvp(v)
+            if name == "dropout" and mode == "train":  # the masks are the landscape's
+                expected = landscape_of(name, "exact", mode).hvp(v)
+            else:
+                expected = problem.dense_hessian() @ v
+            torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-12)
+    used = {"exact": "kept"}.get(engine, "kept" if cannot else engine)
+    assert landscape.engine == used
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("batchnorm", [1, 2])
+def test_batchnorm_in_training_mode_with_convolutions(engine, batchnorm):
+    torch.manual_seed(0)
+    body = (
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Softplus(), nn.Flatten(), nn.Linear(48, 3))
+        if batchnorm == 2
+        else nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.BatchNorm1d(4, affine=False), nn.Tanh(), nn.Linear(4, 3))
+    ).double()
+    batches = [(torch.randn(n, 1, 6, 6).double(), torch.randint(3, (n,))) for n in (6, 5)]
+
+    def loss_fn(m: nn.Module, b: Any) -> Tensor:
+        return F.cross_entropy(m(b[0]), b[1])
+
+    landscape = LossLandscape(body, batches, loss_fn, mode="train", engine=engine)
+    reference = LossLandscape(body, batches, loss_fn, mode="train", engine="exact")
+    v = vector(landscape)
+    torch.testing.assert_close(landscape.hvp(v), reference.hvp(v), rtol=1e-10, atol=1e-12)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layer(self.embedding(tokens)).mean(dim=1))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_attention(engine, mode):
+    torch.manual_seed(0)
+    module = Attention().double()
+    batches = [(torch.randint(11, (n, 5)), torch.randint(3, (n,))) for n in (3, 2)]
+
+    def loss_fn(m: nn.Module, b: Any) -> Tensor:
+        return F.cross_entropy(m(b[0]), b[1])
+
+    landscape = LossLandscape(module, batches, loss_fn, mode=mode, engine=engine)
+    reference = LossLandscape(module, batches, loss_fn, mode=mode, engine="exact")
+    v = vector(landscape)
+    with fall_back(engine == "linearized" and mode == "train", "differs from the one"):  # masks are drawn anew
+        product = landscape.hvp(v)
+    torch.testing.assert_close(product, reference.hvp(v), rtol=1e-10, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------- choice and report
+
+
+def test_auto_keeps_what_fits_and_says_so():
+    landscape = landscape_of("tanh_mlp", "auto")
+    assert landscape.engine == "auto"
+    landscape.hvp(vector(landscape))
+    assert landscape.engine == "kept"
+    sizes = {}
+    for memory in (0, 3000, 2**20):
+        landscape = landscape_of("tanh_mlp", "auto", graph_memory=memory)
+        with landscape.measurement():
+            landscape.hvp(vector(landscape))
+            assert landscape.graphs.room >= 0
+        sizes[memory] = landscape.engine
+    assert sizes == {0: "rebuilt", 3000: "kept+rebuilt", 2**20: "kept"}
+
+
+def test_engines_can_be_forced_whatever_the_memory():
+    for engine, memory in (("kept", 0), ("rebuilt", 2**30)):
+        landscape = landscape_of("tanh_mlp", engine, graph_memory=memory)
+        with landscape.measurement():
+            for _ in range(2):
+                landscape.hvp(vector(landscape))
+        assert landscape.engine == engine
+        assert landscape.cost.gradient_evaluations == pytest.approx(5 if engine == "kept" else 6)
+
+
+def test_the_choice_does_not_depend_on_time():
+    """Two runs give the same bits."""
+    products = []
+    for _ in range(2):
+        landscape = landscape_of("relu_convnet", "auto", graph_memory=20_000)
+        with landscape.measurement():
+            products.append(torch.stack([landscape.hvp(vector(landscape, seed)) for seed in range(4)]))
+    assert torch.equal(*products)
+
+
+def test_unknown_engines():
+    message = r"Expected `engine` to be one of 'auto', 'exact', 'kept', .*'finite_difference', got 'fast'"
+    with pytest.raises(ValueError, match=message):
+        landscape_of("tanh_mlp", "fast")
+    with pytest.raises(ValueError, match=message):
+        FlatnessMonitor(engine="fast")
+
+
+def test_the_monitor_takes_an_engine(tmp_path):
+    values = {}
+    for engine in ("auto", "rebuilt", "forward_over_reverse"):
+        torch.manual_seed(0)
+        run = trainer(tmp_path, FlatnessMonitor(engine=engine, probe_size=16), max_epochs=1)
+        run.fit(Classifier(), loader(Plain(), shuffle=False))
+        values[engine] = float(run.callback_metrics["flatness/lambda_max"])
+    assert values["rebuilt"] == pytest.approx(values["auto"], rel=1e-4)
+    assert values["forward_over_reverse"] == pytest.approx(values["auto"], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- verification
+
+
+@pytest.mark.parametrize("engine", [ForwardOverReverse, Linearized])
+def test_a_wrong_product_is_noticed_in_every_measurement(engine, monkeypatch):
+    name = engine().name(None)
+    landscape, exact = landscape_of("tanh_mlp", name), landscape_of("tanh_mlp", "exact")
+    v = vector(landscape)
+    landscape.hvp(v)
+    assert landscape.engine == name
+    right = engine.batch_product
+
+    def wrong(self: Any, *args: Any) -> Any:
+        return [None if piece is None else 1.001 * piece for piece in right(self, *args)]
+
+    monkeypatch.setattr(engine, "batch_product", wrong)
+    with pytest.warns(UserWarning, match=rf"engine='{name}', got: its product differs.*Using engine='auto'"):
+        product = landscape.hvp(v)
+    assert torch.equal(product, exact.hvp(v))
+    assert landscape.engine == "kept"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        landscape.hvp(v)
+
+
+def test_the_users_own_errors_are_raised_by_every_engine():
+    def fail(module: nn.Module, batch: Any) -> Tensor:
+        raise ArithmeticError("mine")
+
+    problem = make_problem("tanh_mlp")
+    for engine in ENGINES:
+        landscape = LossLandscape(problem.module, problem.batches, fail, engine=engine)
+        with pytest.raises(ArithmeticError, match="mine"):
+            landscape.hvp(vector(landscape))
+
+
+class NoForwardMode(torch.autograd.Function):
+    """sin, twice differentiable backward, without a ``jvp``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("engine", ["forward_over_reverse", "linearized"])
+def test_operators_without_forward_mode_fall_back_to_autograd(engine):
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2).double()
+    batches = [torch.randn(5, 3).double()]
+    landscape = LossLandscape(module, batches, lambda m, x: NoForwardMode.apply(m(x)).pow(2).mean(), engine=engine)
+    exact = LossLandscape(module, batches, lambda m, x: m(x).sin().pow(2).mean())
+    with pytest.warns(UserWarning, match=rf"engine='{engine}', got: .*Using engine='auto' instead"):
+        product = landscape.hvp(vector(landscape))
+    torch.testing.assert_close(product, exact.hvp(vector(landscape)), rtol=1e-10, atol=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------- no trace
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "finite_difference"])
+def test_engines_leave_no_trace(engine):
+    problem = make_problem("batchnorm_train")
+    module = problem.module
+    module.seen = []
+    module.train()
+    parameters = {name: (p, p.detach().clone()) for name, p in module.named_parameters()}
+    buffers = {name: (b, b.clone()) for name, b in module.named_buffers()}
+
+    def loss_fn(m: nn.Module, batch: Any) -> Tensor:
+        loss = problem.loss_fn(m, batch) + 0 * torch.rand(()).double()
+        m.seen.append(loss)
+        return loss
+
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    landscape = LossLandscape(module, problem.batches, loss_fn, mode="train", engine=engine)
+    with landscape.measurement():
+        for seed in range(2):
+            landscape.hvp(vector(landscape, seed))
+    assert landscape.engine == {"exact": "kept"}.get(engine, engine)
+    assert module.seen == []
+    assert module.training
+    for name, p in module.named_parameters():
+        assert p is parameters[name][0]
+        assert torch.equal(p, parameters[name][1])
+        assert p.grad is None
+    for name, b in module.named_buffers():
+        assert b is buffers[name][0]
+        assert torch.equal(b, buffers[name][1])
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])  # noqa: NPY002
+
+
+# ----------------------------------------------------------------------------------------- gradient and memory
+
+
+def test_the_gradient_is_a_by_product_of_products():
+    for engine, memory in (("kept", 0), ("rebuilt", 0), ("auto", 3000)):
+        landscape, plain = landscape_of("tanh_mlp", engine, graph_memory=memory), landscape_of("tanh_mlp", "exact")
+        with landscape.measurement():
+            landscape.hvp(vector(landscape))
+            before = landscape.cost.gradient_evaluations
+            torch.testing.assert_close(landscape.gradient(), plain.gradient(), rtol=1e-13, atol=1e-15)
+            assert landscape.cost.gradient_evaluations == before
+            landscape.hvp(vector(landscape))
+            torch.testing.assert_close(landscape.gradient(), plain.gradient(), rtol=1e-13, atol=1e-15)
+
+
+def test_a_product_that_fails_on_a_later_batch_leaves_a_gradient_that_is_right():
+    problem = make_problem("tanh_mlp")
+    calls: list[int] = []
+
+    def loss_fn(module: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ArithmeticError("once")
+        return problem.loss_fn(module, batch)
+
+    landscape = LossLandscape(problem.module, problem.batches, loss_fn)
+    with landscape.measurement():
+        with pytest.raises(ArithmeticError, match="once"):
+            landscape.hvp(vector(landscape))
+        torch.testing.assert_close(landscape.gradient(), landscape_of("tanh_mlp", "exact").gradient())
+
+
+def wide(num_batches: int = 4) -> tuple[nn.Module, list[Any]]:
+    """A network of which little but weights takes memory."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 5))
+    return module, [(torch.randn(2, 200), torch.randint(5, (2,))) for _ in range(num_batches)]
+
+
+def wide_landscape(engine: str, num_batches: int = 4, **options: Any) -> LossLandscape:
+    module, batches = wide(num_batches)
+    return LossLandscape(module, batches, lambda m, b: F.cross_entropy(m(b[0]), b[1]), engine=engine, **options)
+
+
+def test_kept_graphs_hold_no_gradients_and_their_bytes_are_those_counted():
+    landscape = wide_landscape("kept", num_batches=16)
+    weights = sum(p.nbytes for p in landscape.parameters)
+    v = vector(landscape)
+    with CountedMemory() as memory, landscape.measurement():
+        landscape.hvp(v)
+        counted = sum(landscape.graphs.get((Autograd, i)).num_bytes for i in range(16))
+        held = memory.current - landscape.graphs.gradient_sum.untyped_storage().nbytes()
+    assert held < 0.5 * weights  # sixteen gradients would be sixteen times the weights
+    assert counted == pytest.approx(held, rel=0.1)
+
+
+@pytest.mark.parametrize("engine", ["kept", "rebuilt"])
+def test_a_product_takes_three_times_the_weights_beside_its_vector_and_graph(engine):
+    landscape = wide_landscape(engine)
+    weights = sum(p.nbytes for p in landscape.parameters)
+    v = vector(landscape)
+    with landscape.measurement():
+        for _ in range(3):
+            with CountedMemory() as memory:
+                landscape.hvp(v)
+            assert memory.peak < 4.1 * weights
+
+
+def test_graphs_stay_within_their_memory():
+    whole = wide_landscape("kept", num_batches=8)
+    with whole.measurement():
+        whole.hvp(vector(whole))
+        size = whole.graphs.get((Autograd, 0)).num_bytes
+    landscape = wide_landscape("auto", num_batches=8, graph_memory=int(3.5 * size))
+    with landscape.measurement():
+        for _ in range(3):
+            landscape.hvp(vector(landscape))
+        kept = [i for i in range(8) if landscape.graphs.get((Autograd, i)) is not None]
+        assert landscape.graphs.room >= 0
+    assert kept == [0, 1, 2]
+    assert landscape.engine == "kept+rebuilt"
+
+
+@pytest.mark.parametrize("engine", ["auto", "rebuilt", "finite_difference"])
+def test_no_growth_over_fifty_measurements(engine):
+    landscape = landscape_of("relu_convnet", engine)
+    v = vector(landscape)
+    with CountedMemory() as memory:
+        held = []
+        for _ in range(50):
+            with landscape.measurement():
+                landscape.hvp(v)
+                landscape.gradient()
+            held.append(memory.current)
+    assert held[-1] == held[1]
+
+
+@pytest.mark.parametrize("geometry", ["euclidean", "layer"])
+def test_eigenvalues_leave_nothing_but_their_vectors(geometry):
+    landscape = wide_landscape("auto")
+    weights = sum(p.nbytes for p in landscape.parameters)
+    with CountedMemory() as memory:
+        held = []
+        for _ in range(5):
+            result = top_eigenvalues(landscape, geometry, tol=1e-2, max_basis=6)
+            held.append(memory.current)
+            del result
+    assert held[-1] == held[0] < 4.1 * weights
