@@ -52,14 +52,8 @@ def _panel(ax: Any, rows: Sequence[Row]) -> None:
             )  # fmt: skip
     missing = dict.fromkeys(row.tool for row in rows if not row.seconds and row.note.startswith("fails"))
     if missing:
-        ax.text(
-            0.03,
-            0.03,
-            "as they come, these fail:\n" + "\n".join(missing),
-            transform=ax.transAxes,
-            fontsize=7,
-            color="0.3",
-        )
+        text = "\n".join(["as they come, these fail:", *missing])
+        ax.text(0.97, 0.96, text, transform=ax.transAxes, fontsize=7, color="0.3", ha="right", va="top")
     ax.set(xscale="log", yscale="log", ylim=(SMALLEST / 2, 1))
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
