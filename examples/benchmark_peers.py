@@ -16,7 +16,8 @@ The truth is SciPy's ``eigsh`` in float64 on a plain double backward pass. Every
 - with the least work, among settings tried beforehand, that is accurate to 1e-2 ("cheapest"): what somebody who knew
   the truth would choose, so a bound rather than something to be had. The error is the largest of the k eigenvalues',
   and a setting has to reach half of 1e-2 in the untimed trial, to keep 1e-2 in the timed rounds;
-- hessian-eigenthings, which takes a fixed number of steps, also with enough of them for it to say that it converged.
+- hessian-eigenthings, which takes a fixed number of steps, with enough of them for it to say that it converged, and
+  ``eigsh`` with a tolerance of 1e-2 ("converged").
 
 *Gradients* are seconds over those of one gradient on the same batches. Memory is the growth of the process's resident
 set at its peak (Linux only). *Warm* starts from what the tool found 25 steps of SGD earlier, in its default setting. A

@@ -15,7 +15,11 @@ from peers.report import OURS, PEERS, TARGET_ERROR, Row
 
 COLOURS = dict(zip((OURS, *PEERS), ("tab:red", "tab:purple", "tab:blue", "tab:green", "0.45"), strict=True))
 MARKERS = {"default": "o", "converged": "s", "cheapest": "v"}
-MEANINGS = {"default": "default", "converged": "steps until converged", "cheapest": "tuned to 1e-2, knowing the truth"}
+MEANINGS = {
+    "default": "default",
+    "converged": "until it says converged",
+    "cheapest": "tuned to 1e-2, knowing the truth",
+}
 SMALLEST = 1e-7
 """Errors below are drawn here: the eigenvalues are float32's."""
 

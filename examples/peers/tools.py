@@ -57,7 +57,7 @@ class Tool:
         measure: ``measure(problem, k, seed, kept, **setting)``.
         cheapest: Settings to look for the least work in that reaches the accuracy asked for.
         default: The setting that the tool's documentation uses, if there is one.
-        more_steps: For a tool that takes a fixed number of steps: settings until it says that it has converged.
+        more_steps: Settings until it says that it has converged; for ``eigsh``, the tolerance that is asked for.
         kinds_warm: What is timed from what an earlier measurement found, if the tool can start from that.
         slow_kinds: What gets fewer rounds, since it would take most of the benchmark's time.
         kinds_in_microbatches: What is timed again where the samples come in many batches.
@@ -241,6 +241,7 @@ TOOLS = [
         run_eigsh,
         _eigsh_settings,
         default={"tol": 0, "ncv": None, "check": True},
+        more_steps=lambda k: [{"tol": 1e-2, "ncv": None, "check": True}],
         slow_kinds=("default",),
         kinds_warm=("cheapest",),
         kinds_in_microbatches=("cheapest",),

@@ -131,6 +131,7 @@ class TransformerClassifier(nn.Module):
 
 WORKLOADS = {
     "convnet": Workload("ReLU convnet", convnet, image_size=16, num_samples=64),
+    "untrained": Workload("ReLU convnet a step from its start", convnet, 16, num_samples=64, steps=0, warm_steps=1),
     "resnet": Workload("BatchNorm ResNet-20", resnet20, image_size=16, num_samples=16, lr=0.05),
     "mlp": Workload("ReLU MLP", mlp, image_size=28, num_samples=128),
     "transformer": Workload(
