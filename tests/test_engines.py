@@ -17,7 +17,7 @@ from problems import all_problems, make_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_flatness import FlatnessMonitor, LossLandscape
+from lightning_flatness import FlatnessMonitor, LossLandscape, TopEigenvalues
 from lightning_flatness.engines.autograd import Autograd
 from lightning_flatness.engines.forward import ForwardOverReverse, Linearized
 from lightning_flatness.estimators import top_eigenvalues
@@ -383,3 +383,16 @@ def test_eigenvalues_leave_nothing_but_their_vectors(geometry):
             held.append(memory.current)
             del result
     assert held[-1] == held[0] < 4.1 * weights
+
+
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("geometry", ["euclidean", "layer", "element"])
+def test_a_measurement_takes_its_basis_and_six_times_the_weights(k, geometry):
+    landscape = wide_landscape("rebuilt", num_batches=2)
+    weights = sum(p.nbytes for p in landscape.parameters)
+    metric = TopEigenvalues(k=k, geometry=geometry, max_basis=k + 8, tol=1e-6, max_products=40)
+    for _ in ("cold", "warm"):
+        with CountedMemory() as memory:
+            metric.update(landscape)
+        assert metric.num_products > k + 8  # so it has restarted
+        assert memory.peak <= (k + 8 + 6) * weights

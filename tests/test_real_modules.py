@@ -69,7 +69,7 @@ class OfflineTransformer(LightningTransformer):
 def test_lightning_transformer(tmp_path):
     values = fit(tmp_path, OfflineTransformer(vocab_size=50), DataLoader(Words(), batch_size=4))
     assert values["flatness/lambda_max"] > 0
-    assert values["flatness/lambda_max_residual"] <= 0.0101 * values["flatness/lambda_max"]
+    assert values["flatness/lambda_max_residual"] <= 0.0301 * values["flatness/lambda_max"]
 
 
 def test_the_product_of_the_demo_transformer():

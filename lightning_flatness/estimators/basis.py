@@ -9,9 +9,17 @@ _BLOCK = 4
 
 
 class Basis:
-    """Orthonormal rows, stored in blocks so that memory grows with use and products are matrix products."""
+    """Orthonormal rows, stored in blocks so that memory grows with use and products are matrix products.
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    Args:
+        capacity: Rows that there will be at most.
+        size: Length of a row.
+        dtype: Of the rows.
+        device: Of the rows.
+    """
+
+    def __init__(self, capacity: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.capacity = capacity
         self.size = size
         self.dtype = dtype
         self.device = device
@@ -27,7 +35,8 @@ class Basis:
     def append(self, vector: Tensor) -> None:
         """Add a row."""
         if self._num_rows == len(self._blocks) * _BLOCK:
-            self._blocks.append(torch.empty(_BLOCK, self.size, dtype=self.dtype, device=self.device))
+            num_rows = min(_BLOCK, self.capacity - self._num_rows)
+            self._blocks.append(torch.empty(num_rows, self.size, dtype=self.dtype, device=self.device))
         self._num_rows += 1
         self[self._num_rows - 1].copy_(vector)
 
@@ -36,11 +45,11 @@ class Basis:
 
     def orthogonalize(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Return the coefficients of a vector in the basis, and what is left of it; twice is enough."""
-        remainder, total = vector, torch.zeros(len(self), dtype=torch.float64)
+        remainder, total = vector.clone(), torch.zeros(len(self), dtype=torch.float64)
         for _ in range(2):
             coefficients = [block @ remainder for block in self._filled()]
             for block, c in zip(self._filled(), coefficients, strict=True):
-                remainder = torch.addmv(remainder, block.T, c, alpha=-1)
+                remainder.addmv_(block.T, c, alpha=-1)
             total += torch.cat(coefficients).cpu().double()
         return total, remainder
 

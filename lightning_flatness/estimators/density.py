@@ -150,7 +150,7 @@ def tridiagonalize(matvec: Callable[[Tensor], Tensor], start: Tensor, num_steps:
         >>> tridiagonalize(lambda v: torch.tensor([1.0, 3.0]) * v, torch.ones(2), 5)
         (tensor([2.0000, 2.0000], dtype=torch.float64), tensor([1.0000], dtype=torch.float64))
     """
-    basis = Basis(len(start), start.dtype, start.device)
+    basis = Basis(min(num_steps, len(start)), len(start), start.dtype, start.device)
     basis.append(start / torch.linalg.vector_norm(start))
     diagonal: list[float] = []
     off_diagonal: list[float] = []

@@ -78,17 +78,21 @@ class KrylovSolver:
         self.eps = torch.finfo(dtype).eps
         self.max_basis = max_basis
         self.generator = torch.Generator().manual_seed(seed)
-        self.basis = Basis(size, dtype, device)
+        self.basis = Basis(max_basis, size, dtype, device)
         self.projection = torch.zeros(max_basis, max_basis, dtype=torch.float64)
         self.given_up = torch.zeros(0, max_basis, dtype=torch.float64)
         self.num_products = 0
+        self.remainder = self.nothing = torch.empty(0)  # a vector only as long as it is needed: it may be large
 
-    def run(self, start: Tensor | None, max_products: int) -> EigenResult:
-        """Expand, project and restart until the wanted pairs have converged or the products are spent."""
+    def begin(self, start: Tensor | None) -> None:
+        """Take a start vector, or a mixture of several, or a random one, as the first of the basis."""
         self.basis.append(self._start_vector(start))
+
+    def run(self, max_products: int) -> EigenResult:
+        """Expand, project and restart until the wanted pairs have converged or the products are spent."""
         found: Tensor | None = None  # converged values; what follows is a look at the rest of the space
         while True:
-            last, norm = self._expand()
+            norm = self._expand()
             values, coefficients, residuals = self._ritz_pairs(norm)
             complete = len(self.basis) == self.size
             exhausted = self.num_products >= max_products and len(values) >= self.k
@@ -98,6 +102,7 @@ class KrylovSolver:
                 if self.k > 1 and not complete and not exhausted:
                     found = values[: self.k]
                     self._give_up(norm)
+                    self.remainder = self.nothing
                     self._compress(coefficients[:, : self.k], found)
                     self.basis.append(self._random_direction())
                     continue
@@ -112,15 +117,16 @@ class KrylovSolver:
             if self._is_negligible(norm):  # an invariant subspace
                 self.basis.append(self._random_direction())
             else:
-                self.basis.append(last / norm)
+                self.basis.append(self.remainder.div_(norm))
+            self.remainder = self.nothing
 
-    def _expand(self) -> tuple[Tensor, float]:
-        """Multiply the newest basis vector, project, and return what sticks out of the basis, and its norm."""
+    def _expand(self) -> float:
+        """Multiply the newest basis vector, project, keep what sticks out of the basis, and return its norm."""
         newest = len(self.basis) - 1
         product = self.matvec(self.basis[newest])
         self.num_products += 1
-        column, remainder = self.basis.orthogonalize(product)
-        norm = float(torch.linalg.vector_norm(remainder))
+        column, self.remainder = self.basis.orthogonalize(product)
+        norm = float(torch.linalg.vector_norm(self.remainder))
         if not (torch.isfinite(column).all() and norm < float("inf")):
             raise RuntimeError(
                 "Expected finite Hessian-vector products, got one that is not. Check the gradient of the loss at the "
@@ -128,7 +134,7 @@ class KrylovSolver:
             )
         self.projection[newest, : newest + 1] = column
         self.projection[: newest + 1, newest] = column
-        return remainder, 0.0 if len(self.basis) == self.size else norm
+        return 0.0 if len(self.basis) == self.size else norm
 
     def _ritz_pairs(self, norm: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return Ritz values, coefficients (columns) and residual norms, the most wanted first."""
@@ -198,6 +204,7 @@ class KrylovSolver:
         return vector.to(self.basis.device)
 
     def _result(self, values: Tensor, coefficients: Tensor, residuals: Tensor, converged: bool) -> EigenResult:
+        self.remainder = self.nothing
         num_kept = min(self.k + _NUM_SPARE_VECTORS, len(values))
         self._compress(coefficients[:, :num_kept], values[:num_kept])
         values, residuals = values[: self.k], residuals[: self.k]

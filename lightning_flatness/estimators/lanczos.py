@@ -38,7 +38,7 @@ def lanczos(
         which: ``"LA"``: largest; ``"SA"``: smallest (most negative); ``"LM"``: of largest modulus.
         tol: Relative residual at which to stop.
         max_products: Products after which to stop in any case.
-        max_basis: Vectors to keep at most. Default: 256 MiB of them, no fewer than k + 8, no more than 256.
+        max_basis: Vectors to keep at most. Default: 256 MiB of them, no fewer than k + 8 and 2 k + 2.
         start: Vectors to start from, shape (size,) or (any, size): ``subspace`` of a previous result.
         seed: Seed of the random start.
         dtype: Of the vectors.
@@ -58,9 +58,11 @@ def lanczos(
     """
     _check_arguments(size, k, which, tol, max_products, max_basis)
     if max_basis is None:
-        max_basis = min(256, max(k + 8, _BASIS_BYTES // (size * dtype.itemsize)))
+        max_basis = min(max(256, 2 * k + 2), max(k + 8, 2 * k + 2, _BASIS_BYTES // (size * dtype.itemsize)))
     solver = KrylovSolver(matvec, size, k, which, tol, min(max_basis, size), seed, dtype, torch.device(device))
-    return solver.run(start, max_products)
+    solver.begin(start)
+    del start  # its memory, if nobody else holds it
+    return solver.run(max_products)
 
 
 def _check_arguments(size: int, k: int, which: str, tol: float, max_products: int, max_basis: int | None) -> None:

@@ -96,7 +96,7 @@ def stochastic_trace(
         vectors = (unit_vector(size, i, dtype, device) for i in range(size))
         return _result([_quadratic_form(matvec, v) for v in vectors], [], tol, size)
     generator = torch.Generator().manual_seed(seed)
-    basis = Basis(size, dtype, device)
+    basis = Basis(num_products, size, dtype, device)
     if method == "hutch++":
         for _ in range(int(_SKETCH_SHARE * num_products)):
             _extend(basis, matvec(rademacher(size, generator, dtype, device)))

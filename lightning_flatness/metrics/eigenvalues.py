@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_flatness.estimators import EigenResult, Operator, Which, top_eigenvalues
+from lightning_flatness.estimators.krylov import mixed
 from lightning_flatness.estimators.operators import check_operator
 from lightning_flatness.geometry import Geometry, resolve_geometry
 from lightning_flatness.landscape import LossLandscape
@@ -107,7 +108,7 @@ class TopEigenvalues(FlatnessMetric):
             shared_start=self.shared_start,
             seed=self.seed,
         )
-        self._previous = result.subspace
+        self._previous = mixed(result.subspace, self.k)  # all that a start takes from them, in the memory of one
         return result
 
 
