@@ -300,7 +300,7 @@ def fit(out: Path, module_class: Any, *callbacks: Any, strategy: Any, **options:
         **options,
     )
     run.fit(module, loader(Augmented(), batch_size=4), loader(Augmented(), batch_size=4, shuffle=False))
-    logged = {k: float(v) for k, v in run.callback_metrics.items() if not k.endswith("seconds")}
+    logged = {k: float(v) for k, v in run.callback_metrics.items() if not k.endswith(("seconds", "time"))}
     weights = {name: whole(t).tolist() for name, t in module.state_dict().items()}
     state = [{k: whole(t).tolist() for k, t in s.items()} for s in run.optimizers[0].state.values()]
     return {"logged": logged, "weights": weights, "optimizer": state, "history": getattr(module, "history", [])}

@@ -43,6 +43,10 @@ def points(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 def assert_steps(path: Path, steps: list[int]) -> None:
     flatness = {tag: values for tag, values in points(path).items() if tag.startswith("flatness/")}
+    share = flatness.pop("flatness/share_of_epoch_time")
+    # Only at the ends of whole epochs, of five steps here: not before training, nor where a run was resumed in between.
+    assert {step for step, _ in share} <= {step for step in steps if step > 0 and step % 5 == 0}
+    assert len(share) == len({step for step, _ in share}) >= 1
     assert len(flatness) == 8
     for tag, values in flatness.items():
         assert [step for step, _ in values] == steps, tag
