@@ -91,6 +91,7 @@ class KrylovSolver:
     def run(self, max_products: int) -> EigenResult:
         """Expand, project and restart until the wanted pairs have converged or the products are spent."""
         found: Tensor | None = None  # converged values; what follows is a look at the rest of the space
+        first_fresh: int | None = None  # the row of the basis with which that look begins
         while True:
             norm = self._expand()
             values, coefficients, residuals = self._ritz_pairs(norm)
@@ -103,17 +104,20 @@ class KrylovSolver:
                     found = values[: self.k]
                     self._give_up(norm)
                     self.remainder = self.nothing
-                    self._compress(coefficients[:, : self.k], found)
+                    if self.max_basis - len(self.basis) < _NUM_CONFIRMING_PRODUCTS:
+                        self._compress(coefficients[:, : self.k], found)
+                    first_fresh = len(self.basis)
                     self.basis.append(self._random_direction())
                     continue
                 return self._result(values, coefficients, residuals, converged=True)
-            if found is not None and (complete or exhausted or self._is_rest_settled(values, residuals)):
+            if found is not None and (complete or exhausted or self._is_rest_settled(values, norm, first_fresh)):
                 return self._result(values, coefficients, residuals, converged=True)
             if exhausted:
                 return self._result(values, coefficients, residuals, converged=False)
             if len(self.basis) == self.max_basis:
                 num_kept = min(self.k + (self.max_basis - self.k) // 2, self.max_basis - 1)
                 self._compress(coefficients[:, :num_kept], values[:num_kept])
+                first_fresh = None if first_fresh is None else self.k
             if self._is_negligible(norm):  # an invariant subspace
                 self.basis.append(self._random_direction())
             else:
@@ -158,14 +162,17 @@ class KrylovSolver:
         gain = _wantedness(values[: self.k], self.which) - _wantedness(found, self.which)
         return bool((gain > self._tolerances(values, found)).any())
 
-    def _is_rest_settled(self, values: Tensor, residuals: Tensor) -> bool:
-        """Whether the best pair beyond the wanted ones has converged, or clearly is worse than they are."""
-        if len(values) < self.k + _NUM_CONFIRMING_PRODUCTS:
+    def _is_rest_settled(self, values: Tensor, norm: float, first_fresh: int | None) -> bool:
+        """Whether the best pair of what is orthogonal to all that was known has converged, or clearly is worse."""
+        n = len(self.basis)
+        if first_fresh is None or n - first_fresh < _NUM_CONFIRMING_PRODUCTS:
             return False
-        rest, residual = values[self.k], residuals[self.k]
-        is_worse = _wantedness(rest, self.which) + residual < _wantedness(values[self.k - 1], self.which)
-        is_rough = residual > _CONFIRMING_TOLERANCE * rest.abs()
-        return bool((is_worse and not is_rough) or residual <= self._tolerances(values, rest))
+        rest, coefficients = torch.linalg.eigh(self.projection[first_fresh:n, first_fresh:n])
+        best = int(_wantedness(rest, self.which).argmax())
+        residual, last = norm * coefficients[-1, best].abs(), values[self.k - 1]
+        is_worse = _wantedness(rest[best], self.which) + residual < _wantedness(last, self.which)
+        is_rough = residual > _CONFIRMING_TOLERANCE * torch.maximum(last.abs(), rest[best].abs())
+        return bool((is_worse and not is_rough) or residual <= self._tolerances(values, rest[best]))
 
     def _is_negligible(self, norm: float) -> bool:
         n = len(self.basis)
