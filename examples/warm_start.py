@@ -4,8 +4,7 @@
 
 trains the example's network on digits and on MNIST with the flatness monitor's default metrics and prints, for every
 measurement, the products that ``TopEigenvalues(tol=1e-2)`` takes, those of the default metrics at their own tolerance,
-what share of the gradients of an epoch of 50,000 samples that is (SAM takes two per sample), and the error against a
-tightly converged reference.
+what share of the gradients of an epoch of 50,000 samples that is, and the error against a tightly converged reference.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from lightning_flatness import (
 from lightning_flatness.metrics import preset_metrics
 from lightning_flatness.probe import draw_probe
 
-EPOCH = 50_000  # samples
+EPOCH = 50_000
 COLUMNS = {
     "products, lambda_max at 1e-2": "{:.0f}",
     "products, default": "{:.0f}",
@@ -87,8 +86,7 @@ class Count(pl.Callback):
             abs(float(found.compute()) / float(value.compute().flatten()[0]) - 1)
             for found, value in zip(self.default.values(), exact, strict=False)
         ]
-        per_sample = 2 if any(isinstance(c, SharpnessAwareMinimization) for c in trainer.callbacks) else 1
-        share = default.cost.gradient_evaluations * default.num_samples / (EPOCH * per_sample)
+        share = default.cost.gradient_evaluations * default.num_samples / EPOCH
         numbers = (alone.cost.num_products, default.cost.num_products, share, *errors)
         self.rows.append(dict(zip(COLUMNS, numbers, strict=True)))
 
