@@ -37,6 +37,8 @@ KEPT = Path("logs/benchmark_scale")
 VOCABULARY, CONTEXT, NUM_TOKENS = 50_257, 1024, 256
 SPARE_BASIS = 8
 """Vectors in the basis beyond the k wanted ones; the package's own default at these sizes."""
+GRAPH_MEMORY = 2**30
+"""Bytes of graphs that the package keeps between products by default."""
 
 
 @dataclass(frozen=True)
@@ -207,13 +209,16 @@ def summary(found: dict[Case, Outcome]) -> str:
     """Return the sentences under the table."""
     slopes = {name: exponent(*points(name, found)) for name in ("parameters", "samples", "k")}
     largest = max(found.values(), key=lambda o: (o.num_parameters, o.resident_bytes))
-    is_bounded = all(o.copies <= case.k + SPARE_BASIS + 6 for case, o in found.items())
+    is_bounded = all(o.copies <= case.k + SPARE_BASIS + 6 for case, o in found.items() if case.num_samples == 1)
+    several = [o.peak_bytes - o.plain_bytes for case, o in found.items() if case.num_samples > 1]
     return (
         f"Cost grows with the power {slopes['parameters']:.2f} of the parameters (seconds per product), "
         f"{slopes['samples']:.2f} of the samples (the same) and {slopes['k']:.2f} of k (seconds of a measurement). "
         f"The largest process took {largest.resident_bytes / 1e9:.1f} GB in all "
         f"({'under' if largest.resident_bytes < 12e9 else 'NOT under'} 12 GB); "
-        f"(basis + 6) times the weights beyond a plain product {'was' if is_bounded else 'was NOT'} enough everywhere."
+        f"(basis + 6) times the weights beyond a plain product {'was' if is_bounded else 'was NOT'} enough for "
+        f"one microbatch everywhere. Of several microbatches, graphs of {GRAPH_MEMORY / 1e9:.1f} GB at most are kept, too "
+        f"(`graph_memory`): {max(several) / 1e9:.1f} GB beyond a plain product at most."
     )
 
 
@@ -255,7 +260,8 @@ def draw(found: dict[Case, Outcome], path: Path) -> None:
 def machine(threads: int) -> str:
     path = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.exists() else []
-    return f"{threads} cores of {names[0] if names else platform.machine()}, torch {torch.__version__}"
+    cores = f"{threads} {'core' if threads == 1 else 'cores'}"
+    return f"{cores} of {names[0] if names else platform.machine()}, torch {torch.__version__}"
 
 
 def main() -> None:

@@ -143,7 +143,7 @@ def test_scale_says_how_cost_grows_and_whether_memory_is_bounded(scale, tmp_path
     assert scale.exponent([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
     assert "power 1.00 of the parameters" in scale.summary(found)
     assert "0.50 of k" in scale.summary(found)
-    assert "was enough everywhere" in scale.summary(found)
+    assert "was enough for one microbatch everywhere" in scale.summary(found)
     assert "(under 12 GB)" in scale.summary(found)
     assert "was NOT enough" in scale.summary(outcomes(scale, copies=15.1))
     assert len(scale.table(found).splitlines()) == 2 + len(found)
