@@ -217,8 +217,8 @@ def summary(found: dict[Case, Outcome]) -> str:
         f"The largest process took {largest.resident_bytes / 1e9:.1f} GB in all "
         f"({'under' if largest.resident_bytes < 12e9 else 'NOT under'} 12 GB); "
         f"(basis + 6) times the weights beyond a plain product {'was' if is_bounded else 'was NOT'} enough for "
-        f"one microbatch everywhere. Of several microbatches, graphs of {GRAPH_MEMORY / 1e9:.1f} GB at most are kept, too "
-        f"(`graph_memory`): {max(several) / 1e9:.1f} GB beyond a plain product at most."
+        f"one microbatch everywhere. Of several microbatches, graphs of {GRAPH_MEMORY / 1e9:.1f} GB at most are kept, "
+        f"too (`graph_memory`): {max(several) / 1e9:.1f} GB beyond a plain product at most."
     )
 
 
