@@ -66,7 +66,7 @@ def calibrated(
         cold = _candidates(first, ALL_KINDS, now, values, quick)
         found += cold
         if tool.kinds_warm:
-            kept = cold[0].run(before, 0).kept
+            kept = first.with_(options=cold[0].row.options).run(before, 0).kept  # its note may say "not enough" by now
             found += _candidates(first.with_(kept=kept, start="warm"), tool.kinds_warm, now, values, quick)
     return found
 
