@@ -172,7 +172,8 @@ def machine(clock: str) -> str:
     packages = ("torch", "pyhessian", "curvlinops-for-pytorch", "scipy", "hessian-eigenthings")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     system = f"{platform.system()}, Python {platform.python_version()}"
-    return f"{clock.capitalize()} time on {torch.get_num_threads()} cores of {cpu} ({system}; {versions})."
+    num = torch.get_num_threads()
+    return f"{clock.capitalize()} time on {num} {'core' if num == 1 else 'cores'} of {cpu} ({system}; {versions})."
 
 
 def _cpuinfo() -> list[str]:
