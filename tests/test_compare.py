@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import math
 import subprocess
@@ -19,9 +20,11 @@ from tensorboard.util import tensor_util
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from lightning_flatness import compare_runs
+from lightning_flatness import FlatnessMonitor, compare_runs
 from lightning_flatness.__main__ import main
 from lightning_flatness.compare import Comparison, NothingToCompareError
+from lightning_flatness.compare.comparison import TOLERANCE
+from lightning_flatness.metrics import preset_metrics
 
 Points = dict[int, float]
 LAMBDA, SHARPNESS = "flatness/lambda_max", "flatness/invariant_sharpness"
@@ -205,7 +208,7 @@ def test_best_is_highest_for_accuracies_lowest_else_and_not_before_training_for_
 
 
 def test_values_that_have_not_converged_are_marked(tmp_path, capsys):
-    for seed, residual in enumerate([0.08, 2.0]):
+    for seed, residual in enumerate([0.24, 2.0]):
         write(tmp_path / f"seed{seed}", {LAMBDA: {1: 8.0}, f"{LAMBDA}_residual": {1: residual}})
     code, out, _ = run(capsys, tmp_path, "--at", "last", "--out", tmp_path / "out")
     assert code == 0
@@ -491,3 +494,7 @@ def test_no_command(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["compare"])
     assert "RUN" in capsys.readouterr().err
+
+
+def test_what_counts_as_not_converged_is_what_the_monitor_does_not_reach():
+    assert FlatnessMonitor().tol == inspect.signature(preset_metrics).parameters["tol"].default == TOLERANCE

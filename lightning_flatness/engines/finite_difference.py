@@ -34,7 +34,7 @@ _MUCH_WORSE = 4.0
 
 
 class FiniteDifference(Engine):
-    """Central differences of the gradient: two gradients per product, and about eight once to find the step."""
+    """Central differences of the gradient: two gradients per product, and about ten once to find the step."""
 
     def __init__(self) -> None:
         self._relative_step: float | None = None

@@ -77,7 +77,7 @@ class Products:
             try:
                 return GaussNewton().product(loss, v)
             except NotTwiceDifferentiableError as error:
-                self._fall_back(error, FiniteDifference())
+                self._take_differences(error)
         return NumericGaussNewton().product(loss, v)
 
     def _verified(self, loss: BatchedLoss, v: Tensor) -> Tensor:
@@ -104,14 +104,17 @@ class Products:
             loss.graphs.offer(key, True, 0)
         return product
 
-    def _fall_back(self, error: NotTwiceDifferentiableError, engine: Engine | None = None) -> None:
+    def _fall_back(self, error: NotTwiceDifferentiableError) -> None:
         """Choose the next best engine, and say so, unless the one that failed was asked for by name."""
-        if isinstance(self._engine, ForwardOverReverse | Linearized) and engine is None:
-            self._engine = Autograd()
-            warnings.warn(
-                f"Expected products by engine={self.asked!r}, got: {error} Using engine='auto' instead.", stacklevel=5
-            )
+        if not isinstance(self._engine, ForwardOverReverse | Linearized):
+            self._take_differences(error)
             return
+        self._engine = Autograd()
+        warnings.warn(
+            f"Expected products by engine={self.asked!r}, got: {error} Using engine='auto' instead.", stacklevel=5
+        )
+
+    def _take_differences(self, error: NotTwiceDifferentiableError) -> None:
         if self.asked in ("exact", "kept", "rebuilt"):
             raise error
         self._engine = FiniteDifference()
@@ -119,7 +122,7 @@ class Products:
         warnings.warn(
             f"{error} Using central finite differences of the gradient instead; their estimated error is added to "
             "the reported one. Pass engine='finite_difference' to choose them without this warning.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
