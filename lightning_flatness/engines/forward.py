@@ -50,7 +50,7 @@ class ForwardOverReverse(BatchEngine):
 class Linearized(BatchEngine):
     """The gradient linearised once by ``torch.func.linearize``: products evaluate its linear part only.
 
-    All linear parts are kept. Tracing them costs tens to hundreds of gradients. What forward mode cannot do is an error
+    All linear parts are kept. Tracing them costs tens of gradients. What forward mode cannot do is an error
     there, but can end the process in a trace (``mse_loss``, torch 2.13): so it has to be tried before.
     """
 

@@ -44,8 +44,8 @@ def top_eigenvalues(
         max_basis: Vectors of the size of the weights to keep at most; see :func:`lanczos` for the default.
         start: ``subspace`` of an earlier result to start from, shape (any, number of coordinates).
         shared_start: Start from the sharpest directions that an earlier call in the same ``measurement()`` has found
-            in another geometry, where there was one: one to four products then mostly do for ``k = 1``. The result
-            depends on that call, within its residual.
+            in another geometry, where there was one: fewer products then do. The result depends on that call, within
+            its residual.
         seed: Seed of the random start.
 
     Returns:

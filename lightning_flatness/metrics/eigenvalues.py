@@ -173,7 +173,7 @@ class InvariantSharpness(SpectralNorm):
         max_products: Hessian-vector products to stop at in any case.
         max_basis: Vectors of the size of the weights to keep at most.
         seed: Seed of the random start.
-        shared_start: See :class:`TopEigenvalues`; with lambda_max measured before, one to four products mostly do.
+        shared_start: See :class:`TopEigenvalues`; with lambda_max measured before, fewer products do.
 
     Example:
         >>> import torch
