@@ -1,8 +1,8 @@
 """Where to start looking for the sharpest directions: from what is known about them already, for free.
 
 Three things are. The eigenvectors of an earlier measurement; they turn within an epoch. The gradient, which lies in the
-space of the few sharpest directions almost entirely (arXiv 1812.04754). And the sharpest directions that another geometry
-has shown at the same weights: if ``H`` were ``c cᵀ``, the top eigenvector would be ``S c`` in every chart
+space of the few sharpest directions almost entirely (arXiv 1812.04754). And the sharpest directions that another
+geometry has shown at the same weights: if ``H`` were ``c cᵀ``, the top eigenvector would be ``S c`` in every chart
 ``w = w0 + S z``, so that the covector ``c`` is what carries over.
 """
 
