@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 _BLOCK = 4
+_STRIP = 2**20
+_NUM_NEWEST = 2
+_SMALL_CORRECTION = 0.1
 
 
 class Basis:
@@ -32,31 +35,61 @@ class Basis:
     def __getitem__(self, index: int) -> Tensor:
         return self._blocks[index // _BLOCK][index % _BLOCK]
 
-    def append(self, vector: Tensor) -> None:
-        """Add a row."""
+    def append(self, vector: Tensor, norm: float | Tensor = 1.0) -> None:
+        """Add ``vector / norm`` as a row."""
         if self._num_rows == len(self._blocks) * _BLOCK:
             num_rows = min(_BLOCK, self.capacity - self._num_rows)
             self._blocks.append(torch.empty(num_rows, self.size, dtype=self.dtype, device=self.device))
         self._num_rows += 1
-        self[self._num_rows - 1].copy_(vector)
+        torch.div(vector, norm, out=self[self._num_rows - 1])
 
     def _filled(self) -> list[Tensor]:
         return [block[: self._num_rows - i * _BLOCK] for i, block in enumerate(self._blocks) if i * _BLOCK < len(self)]
 
-    def orthogonalize(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the coefficients of a vector in the basis, and what is left of it; twice is enough."""
-        remainder, total = vector.clone(), torch.zeros(len(self), dtype=torch.float64)
+    def orthogonalize(self, vector: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Take the components in the basis out of a vector, in its own memory unless that is the basis's.
+
+        Along the newest two rows first, where most of what Lanczos asks for lies; then one pass over all rows does,
+        unless it had much to take out, too: twice is enough.
+
+        Args:
+            vector: Shape (size,); overwritten.
+
+        Returns:
+            Its coefficients in the basis, float64 on the CPU; what is left of it; the norm of that.
+        """
+        remainder = self._writable(vector)
+        newest = range(max(0, len(self) - _NUM_NEWEST), len(self))
+        coefficients = torch.zeros(len(self), dtype=torch.float64)
+        for i in newest:
+            along = self[i] @ remainder
+            remainder.addcmul_(self[i], along, value=-1)
+            coefficients[i] = along
         for _ in range(2):
-            coefficients = [block @ remainder for block in self._filled()]
-            for block, c in zip(self._filled(), coefficients, strict=True):
-                remainder.addmv_(block.T, c, alpha=-1)
-            total += torch.cat(coefficients).cpu().double()
-        return total, remainder
+            correction = self._take_out(remainder)
+            coefficients += correction
+            norm = float(torch.linalg.vector_norm(remainder))
+            if not float(torch.linalg.vector_norm(correction)) > _SMALL_CORRECTION * norm:
+                break
+        return coefficients, remainder, norm
+
+    def _take_out(self, vector: Tensor) -> Tensor:
+        """Subtract from a vector, in place, its components along all rows as they are now, and return these."""
+        found = [block @ vector for block in self._filled()]
+        for block, along in zip(self._filled(), found, strict=True):
+            vector.addmv_(block.T, along, alpha=-1)
+        return torch.cat([vector.new_empty(0), *found]).cpu().double()
+
+    def _writable(self, vector: Tensor) -> Tensor:
+        """Return the vector, or a copy if others use its memory: an operator may return what it was given."""
+        own = {block.untyped_storage().data_ptr() for block in self._blocks}
+        is_free = vector.is_contiguous() and vector.untyped_storage().data_ptr() not in own
+        return vector.detach() if is_free else vector.detach().clone(memory_format=torch.contiguous_format)
 
     def rotate(self, coefficients: Tensor) -> None:
         """Replace the rows by the combinations that the columns of ``coefficients`` name, a strip at a time."""
         mixing = coefficients.T.to(self.dtype).to(self.device)
-        width = max(1, min(2**22, self.size) // self._num_rows)  # so a strip is no larger than a row
+        width = max(1, min(_STRIP, self.size) // self._num_rows)  # so a strip is no larger than a row
         for first in range(0, self.size, width):
             strip = torch.cat([block[:, first : first + width] for block in self._filled()])
             for row, values in enumerate(mixing @ strip):

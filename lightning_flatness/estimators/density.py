@@ -151,25 +151,24 @@ def tridiagonalize(matvec: Callable[[Tensor], Tensor], start: Tensor, num_steps:
         (tensor([2.0000, 2.0000], dtype=torch.float64), tensor([1.0000], dtype=torch.float64))
     """
     basis = Basis(min(num_steps, len(start)), len(start), start.dtype, start.device)
-    basis.append(start / torch.linalg.vector_norm(start))
+    basis.append(start, torch.linalg.vector_norm(start))
     diagonal: list[float] = []
     off_diagonal: list[float] = []
     scale = 0.0
     for step in range(min(num_steps, len(start))):
         product = matvec(basis[step])
-        coefficients, remainder = basis.orthogonalize(product)
-        norm = float(torch.linalg.vector_norm(remainder))
+        scale = max(scale, float(torch.linalg.vector_norm(product)))
+        coefficients, remainder, norm = basis.orthogonalize(product)
         if not (torch.isfinite(coefficients).all() and norm < math.inf):
             raise RuntimeError(
                 "Expected finite Hessian-vector products, got one that is not. Check the gradient of the loss at the "
                 "current weights (e.g. a square root or a norm at zero), or measure in float64."
             )
         diagonal.append(float(coefficients[-1]))
-        scale = max(scale, float(torch.linalg.vector_norm(product)))
         if norm <= 64 * torch.finfo(start.dtype).eps * scale or step + 1 == min(num_steps, len(start)):
             break
         off_diagonal.append(norm)
-        basis.append(remainder / norm)
+        basis.append(remainder, norm)
     return torch.tensor(diagonal, dtype=torch.float64), torch.tensor(off_diagonal, dtype=torch.float64)
 
 

@@ -56,6 +56,9 @@ def top_eigenvalues(
     """
     with landscape.measurement():
         chart = landscape.chart(geometry)
+        start, noise = start_vector(
+            landscape, chart, start, operator=operator, k=k, which=which, shared=shared_start
+        )  # fmt: skip
         result = lanczos(
             curvature_product(landscape, chart, operator),
             chart.num_coordinates,
@@ -64,7 +67,8 @@ def top_eigenvalues(
             tol=tol,
             max_products=max_products,
             max_basis=max_basis,
-            start=start_vector(landscape, chart, start, operator=operator, k=k, which=which, shared=shared_start),
+            start=start,
+            start_noise=noise,
             seed=seed,
             dtype=landscape.dtype,
             device=landscape.device,

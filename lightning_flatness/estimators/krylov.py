@@ -7,7 +7,7 @@ device; only its coefficients, a column per product, come to the CPU.
 One Krylov space contains one eigenvector of each eigenvalue, so copies of a multiple eigenvalue (a linear model
 with several outputs has every eigenvalue several times) would be missed. Where more than one pair is wanted, a
 few products with a fresh random vector, orthogonal to what was found, look for them before the result counts as
-converged.
+converged: as many as it takes for a copy to be missed with a chance of one in ten at most.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.estimators.basis import Basis, normalized
+from lightning_flatness.estimators.misses import chance_of_less, largest_hidden_component
 
 Which = Literal["LA", "SA", "LM"]
 
 _NUM_SPARE_VECTORS = 2
 _SPARE_WEIGHT = 0.3
-_WARM_START_NOISE = 0.03
 _NUM_CONFIRMING_PRODUCTS = 3
-_CONFIRMING_TOLERANCE = 0.1
+_CHANCE_OF_A_MISS = 0.1
+_SIZE_OF_A_MISS = 0.1
+_NUM_HELD = 2
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ class EigenResult:
 class KrylovSolver:
     """State of one run: basis Q (rows), projection T = Q A Qᵀ, and what ``A Qᵀ - Qᵀ T`` is known to be.
 
-    That remainder is one vector for the newest row of Q, plus one for every time that a fresh direction was taken
-    in its place. Of those, the coefficients in the basis are kept, a row of ``given_up`` each, but not the vectors.
+    That remainder is one vector for the newest row of Q, plus one for every time that another direction was taken
+    in its place. Of those, the coefficients in the basis are kept, a row of ``given_up`` each, and the last few
+    vectors, to come back to.
     """
 
     def __init__(
@@ -81,47 +84,44 @@ class KrylovSolver:
         self.basis = Basis(max_basis, size, dtype, device)
         self.projection = torch.zeros(max_basis, max_basis, dtype=torch.float64)
         self.given_up = torch.zeros(0, max_basis, dtype=torch.float64)
+        self.held: list[Tensor | None] = []
+        self.fresh = torch.zeros(max_basis, dtype=torch.float64)  # the last fresh direction, in the basis
+        self.first_fresh = 0  # the row with which the space begins that it opened
         self.num_products = 0
         self.remainder = self.nothing = torch.empty(0)  # a vector only as long as it is needed: it may be large
 
-    def begin(self, start: Tensor | None) -> None:
-        """Take a start vector, or a mixture of several, or a random one, as the first of the basis."""
-        self.basis.append(self._start_vector(start))
+    def begin(self, start: Tensor | None, noise: float) -> None:
+        """Take a start vector, or a mixture of several, with some noise, or a random one as the first of the basis."""
+        self.basis.append(self._start_vector(start, noise))
 
     def run(self, max_products: int) -> EigenResult:
         """Expand, project and restart until the wanted pairs have converged or the products are spent."""
         found: Tensor | None = None  # converged values; what follows is a look at the rest of the space
-        first_fresh: int | None = None  # the row of the basis with which that look begins
         while True:
             norm = self._expand()
             values, coefficients, residuals = self._ritz_pairs(norm)
-            complete = len(self.basis) == self.size
-            exhausted = self.num_products >= max_products and len(values) >= self.k
+            is_last = len(self.basis) == self.size or (self.num_products >= max_products and len(values) >= self.k)
             if found is not None and self._is_better(values, found):
                 found = None  # there was more: go on as if nothing had been found
             if found is None and self._are_converged(values, residuals):
-                if self.k > 1 and not complete and not exhausted:
-                    found = values[: self.k]
-                    self._give_up(norm)
-                    self.remainder = self.nothing
-                    if self.max_basis - len(self.basis) < _NUM_CONFIRMING_PRODUCTS:
-                        self._compress(coefficients[:, : self.k], found)
-                    first_fresh = len(self.basis)
-                    self.basis.append(self._random_direction())
-                    continue
+                if self.k == 1 or is_last:
+                    return self._result(values, coefficients, residuals, converged=True)
+                found = values[: self.k]
+                self._look_elsewhere(norm, coefficients, values)
+                continue
+            if found is not None and (is_last or self._chance_of_a_miss(found, norm) <= _CHANCE_OF_A_MISS):
                 return self._result(values, coefficients, residuals, converged=True)
-            if found is not None and (complete or exhausted or self._is_rest_settled(values, norm, first_fresh)):
-                return self._result(values, coefficients, residuals, converged=True)
-            if exhausted:
+            if self.num_products >= max_products and len(values) >= self.k:
                 return self._result(values, coefficients, residuals, converged=False)
+            if found is None:
+                norm = self._come_back(coefficients, norm)
             if len(self.basis) == self.max_basis:
                 num_kept = min(self.k + (self.max_basis - self.k) // 2, self.max_basis - 1)
                 self._compress(coefficients[:, :num_kept], values[:num_kept])
-                first_fresh = None if first_fresh is None else self.k
             if self._is_negligible(norm):  # an invariant subspace
-                self.basis.append(self._random_direction())
+                self._append_random_direction()
             else:
-                self.basis.append(self.remainder.div_(norm))
+                self.basis.append(self.remainder, norm)
             self.remainder = self.nothing
 
     def _expand(self) -> float:
@@ -129,8 +129,7 @@ class KrylovSolver:
         newest = len(self.basis) - 1
         product = self.matvec(self.basis[newest])
         self.num_products += 1
-        column, self.remainder = self.basis.orthogonalize(product)
-        norm = float(torch.linalg.vector_norm(self.remainder))
+        column, self.remainder, norm = self.basis.orthogonalize(product)
         if not (torch.isfinite(column).all() and norm < float("inf")):
             raise RuntimeError(
                 "Expected finite Hessian-vector products, got one that is not. Check the gradient of the loss at the "
@@ -147,8 +146,10 @@ class KrylovSolver:
         key = {"LA": -values, "SA": values, "LM": -values.abs()}[self.which]
         order = torch.argsort(key, stable=True)
         values, coefficients = values[order], coefficients[:, order]
-        given_up = (self.given_up[:, :n] @ coefficients).abs().sum(dim=0)
-        return values, coefficients, (norm * coefficients[-1]).abs() + given_up
+        residuals = (norm * coefficients[-1]).abs()
+        if n < self.size:  # else nothing sticks out of the basis any more
+            residuals += (self.given_up[:, :n] @ coefficients).abs().sum(dim=0)
+        return values, coefficients, residuals
 
     def _tolerances(self, values: Tensor, wanted: Tensor) -> Tensor:
         """Return the residuals that are small enough; rounding forbids less than a little of the norm."""
@@ -162,49 +163,81 @@ class KrylovSolver:
         gain = _wantedness(values[: self.k], self.which) - _wantedness(found, self.which)
         return bool((gain > self._tolerances(values, found)).any())
 
-    def _is_rest_settled(self, values: Tensor, norm: float, first_fresh: int | None) -> bool:
-        """Whether the best pair of what is orthogonal to all that was known has converged, or clearly is worse."""
-        n = len(self.basis)
-        if first_fresh is None or n - first_fresh < _NUM_CONFIRMING_PRODUCTS:
-            return False
-        rest, coefficients = torch.linalg.eigh(self.projection[first_fresh:n, first_fresh:n])
-        best = int(_wantedness(rest, self.which).argmax())
-        residual, last = norm * coefficients[-1, best].abs(), values[self.k - 1]
-        is_worse = _wantedness(rest[best], self.which) + residual < _wantedness(last, self.which)
-        is_rough = residual > _CONFIRMING_TOLERANCE * torch.maximum(last.abs(), rest[best].abs())
-        return bool((is_worse and not is_rough) or residual <= self._tolerances(values, rest[best]))
+    def _chance_of_a_miss(self, found: Tensor, norm: float) -> float:
+        """Return the chance that the last look has missed an eigenvalue clearly more wanted than the last one found."""
+        first, n = self.first_fresh, len(self.basis)
+        rest, fresh = self.projection[first:n, first:n], self.fresh[first:n]
+        last = _wantedness(found[-1], self.which)
+        mu = float(last + torch.maximum(_SIZE_OF_A_MISS * last.abs(), self._tolerances(found, last)))
+        signs = {"LA": [1], "SA": [-1], "LM": [1, -1]}[self.which]
+        hidden = max(largest_hidden_component(sign * rest, fresh, norm, mu) for sign in signs)
+        return chance_of_less(hidden, self.size)
 
     def _is_negligible(self, norm: float) -> bool:
         n = len(self.basis)
         return norm <= 8 * self.eps * float(torch.linalg.matrix_norm(self.projection[:n, :n], ord="fro"))
 
+    def _look_elsewhere(self, norm: float, coefficients: Tensor, values: Tensor) -> None:
+        """Continue with a random direction instead of the remainder."""
+        self._give_up(norm)
+        if self.max_basis - len(self.basis) < _NUM_CONFIRMING_PRODUCTS:
+            self._compress(coefficients[:, : self.k], values[: self.k])
+        self.first_fresh = len(self.basis)
+        self._append_random_direction()
+        self.fresh.zero_()[self.first_fresh] = 1.0
+
     def _give_up(self, norm: float) -> None:
-        """Note that the remainder of the newest row will not become a basis vector."""
+        """Note that the remainder of the newest row will not become the next basis vector."""
         row = torch.zeros(1, self.max_basis, dtype=torch.float64)
         row[0, len(self.basis) - 1] = norm
         self.given_up = torch.cat([self.given_up, row])
+        self.held.append(self.remainder)
+        self.remainder = self.nothing
+        for i in range(len(self.held) - _NUM_HELD):
+            self.held[i] = None
+
+    def _come_back(self, coefficients: Tensor, norm: float) -> float:
+        """Take a remainder that was given up in the place of the current one, if it matters more; return its norm."""
+        n = len(self.basis)
+        needs = (self.given_up[:, :n] @ coefficients[:, : self.k]).abs().amax(dim=1)
+        needs *= torch.tensor([float(vector is not None) for vector in self.held], dtype=torch.float64)
+        if len(needs) == 0 or needs.max() <= norm * coefficients[-1, : self.k].abs().max():
+            return norm
+        index = int(needs.argmax())
+        remainder = self.held.pop(index)
+        self.given_up = torch.cat([self.given_up[:index], self.given_up[index + 1 :]])
+        assert remainder is not None
+        self._give_up(norm)
+        _, self.remainder, norm = self.basis.orthogonalize(remainder)
+        return norm
 
     def _compress(self, coefficients: Tensor, values: Tensor) -> None:
         """Replace the basis by the Ritz vectors with these coefficients."""
         n, num_kept = coefficients.shape
         given_up = self.given_up[:, :n] @ coefficients
+        fresh = self.fresh[:n] @ coefficients
         self.basis.rotate(coefficients)
         self.projection.zero_()
         self.projection[:num_kept, :num_kept] = torch.diag(values)
         self.given_up.zero_()
         self.given_up[:, :num_kept] = given_up
+        self.fresh.zero_()
+        self.fresh[:num_kept] = fresh
+        self.first_fresh = self.k
 
-    def _start_vector(self, start: Tensor | None) -> Tensor:
-        noise = normalized(self._random_vector())
+    def _start_vector(self, start: Tensor | None, noise: float) -> Tensor:
+        random = normalized(self._random_vector())
         if start is None or not torch.isfinite(start).all() or not start.any():
-            return noise
+            return random
         # The noise lets a direction in that has become wanted: from an eigenvector alone, a run would stay there.
-        return normalized(mixed(start.reshape(-1, self.size).to(noise), self.k) + _WARM_START_NOISE * noise)
+        known = mixed(start.reshape(-1, self.size).to(random), self.k)
+        sign = 1.0 if float(known @ random) >= 0 else -1.0  # or the two could cancel each other
+        return normalized(known.add_(random, alpha=sign * noise))
 
-    def _random_direction(self) -> Tensor:
-        """Return a random unit vector orthogonal to the basis."""
-        _, vector = self.basis.orthogonalize(self._random_vector())
-        return normalized(vector)
+    def _append_random_direction(self) -> None:
+        """Add a random unit vector orthogonal to the basis."""
+        _, vector, norm = self.basis.orthogonalize(self._random_vector())
+        self.basis.append(vector, norm)
 
     def _random_vector(self) -> Tensor:
         vector = torch.randn(self.size, generator=self.generator, dtype=self.basis.dtype)
@@ -212,6 +245,7 @@ class KrylovSolver:
 
     def _result(self, values: Tensor, coefficients: Tensor, residuals: Tensor, converged: bool) -> EigenResult:
         self.remainder = self.nothing
+        self.held.clear()
         num_kept = min(self.k + _NUM_SPARE_VECTORS, len(values))
         self._compress(coefficients[:, :num_kept], values[:num_kept])
         values, residuals = values[: self.k], residuals[: self.k]

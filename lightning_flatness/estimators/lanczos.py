@@ -22,6 +22,7 @@ def lanczos(
     max_products: int = 300,
     max_basis: int | None = None,
     start: Tensor | None = None,
+    start_noise: float = 0.03,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -40,7 +41,9 @@ def lanczos(
         max_products: Products after which to stop in any case.
         max_basis: Vectors to keep at most. Default: 256 MiB of them, no fewer than k + 8 and 2 k + 2.
         start: Vectors to start from, shape (size,) or (any, size): ``subspace`` of a previous result.
-        seed: Seed of the random start.
+        start_noise: Length of the random vector that is added to the direction of ``start``, so that what has no part
+            in ``start`` can be found.
+        seed: Seed of the random vectors.
         dtype: Of the vectors.
         device: Of the vectors.
 
@@ -60,7 +63,7 @@ def lanczos(
     if max_basis is None:
         max_basis = min(max(256, 2 * k + 2), max(k + 8, 2 * k + 2, _BASIS_BYTES // (size * dtype.itemsize)))
     solver = KrylovSolver(matvec, size, k, which, tol, min(max_basis, size), seed, dtype, torch.device(device))
-    solver.begin(start)
+    solver.begin(start, start_noise)
     del start  # its memory, if nobody else holds it
     return solver.run(max_products)
 

@@ -19,6 +19,8 @@ from lightning_flatness.geometry.base import LinearChart
 from lightning_flatness.landscape import LossLandscape
 
 _GRADIENT_SHARE = 0.1
+_NOISE = 0.03
+_NOISE_BESIDE_THE_GRADIENT = 1.0
 
 
 def start_vector(
@@ -30,7 +32,7 @@ def start_vector(
     k: int,
     which: Which,
     shared: bool,
-) -> Tensor | None:
+) -> tuple[Tensor | None, float]:
     """Return a vector that lies close to the ``k`` most wanted eigenvectors, as far as they can be known.
 
     Costs one gradient at most: nothing where the graphs are kept, which have to be built for the products anyway.
@@ -45,24 +47,27 @@ def start_vector(
         shared: Whether to use what another geometry has shown in this measurement.
 
     Returns:
-        A vector of shape (num_coordinates,), or None if nothing is known.
+        A vector of shape (num_coordinates,), or None if nothing is known, and the noise to add to it: as much as the
+        vector itself where only the gradient is known, which need not have a part in every eigenvector.
     """
     if previous is not None and (previous.shape[-1] != chart.num_coordinates or not torch.isfinite(previous).all()):
         previous = None
     if which == "SA":
-        return None if previous is None else mixed(previous, k)
+        return (None if previous is None else mixed(previous, k)), _NOISE
     known = landscape.sharp_covectors if shared else None
     if known is not None:
         here = mixed(torch.stack([chart.pull_back(c) for c in known]), k)
         if len(known) < k and previous is not None:
             here = _added(here, previous if previous.dim() == 1 else mixed(previous, k))
-        return here if operator == "ggn" else _added(here, chart.pull_back(landscape.gradient()), _GRADIENT_SHARE)
+        if operator == "hessian":
+            here = _added(here, chart.pull_back(landscape.gradient()), _GRADIENT_SHARE)
+        return here, _NOISE
+    if operator == "ggn" or (previous is not None and k > 1):
+        return (None if previous is None else mixed(previous, k)), _NOISE
+    gradient = chart.pull_back(landscape.gradient(keep_graphs=True))
     if previous is None:
-        return None
-    here = mixed(previous, k)
-    if k > 1 or operator == "ggn":
-        return here
-    return _added(here, chart.pull_back(landscape.gradient(keep_graphs=True)))
+        return gradient, _NOISE_BESIDE_THE_GRADIENT
+    return _added(mixed(previous, k), gradient), _NOISE
 
 
 def remember_covectors(landscape: LossLandscape, chart: Chart, eigenvectors: Tensor) -> None:

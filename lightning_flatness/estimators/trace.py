@@ -105,9 +105,8 @@ def stochastic_trace(
     probes = []
     for _ in range(num_products - num_sketched - len(exact)):
         probe = rademacher(size, generator, dtype, device)
-        if len(basis) > 0:
-            _, probe = basis.orthogonalize(probe)
-        probes.append(_quadratic_form(matvec, probe))
+        _, remainder, _ = basis.orthogonalize(probe)
+        probes.append(_quadratic_form(matvec, remainder))
     return _result(exact, probes, tol, num_products)
 
 
@@ -198,10 +197,9 @@ def _extend(basis: Basis, vector: Tensor) -> None:
     """Add a direction to the basis unless rounding is all that sticks out."""
     _check_finite(vector)
     norm = torch.linalg.vector_norm(vector)
-    _, remainder = basis.orthogonalize(vector) if len(basis) > 0 else (None, vector)
-    remaining = torch.linalg.vector_norm(remainder)
+    _, remainder, remaining = basis.orthogonalize(vector)
     if remaining > 64 * torch.finfo(vector.dtype).eps * norm:
-        basis.append(remainder / remaining)
+        basis.append(remainder, remaining)
 
 
 def _quadratic_form(matvec: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:

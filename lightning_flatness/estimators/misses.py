@@ -1,0 +1,53 @@
+"""What a Krylov space can have missed: how small a part an eigenvector must have had in the vector that it began with.
+
+A space that was begun with a random vector shows every eigenvector in time, since each has a component of about
+``size ** -0.5`` along it. The other way round: where no Ritz value has come near ``mu``, an eigenvector with the
+eigenvalue ``mu`` has at most a certain component along the first vector (the Christoffel function of the space at
+``mu``), and the chance that a random vector has so little of it is known.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def largest_hidden_component(projection: Tensor, first: Tensor, remainder_norm: float, mu: float) -> float:
+    """Return how much of an eigenvector with an eigenvalue of ``mu`` or more the first vector can have at most.
+
+    If ``A Qᵀ = Qᵀ T + r e_mᵀ`` and ``A u = mu u``, then ``(mu - T) Q u = e_m <r, u>``: so the part of ``u`` in the
+    space follows from its component along ``r``, and both together have length one at most.
+
+    Args:
+        projection: T, shape (m, m).
+        first: The vector in question in the coordinates of the space, shape (m,).
+        remainder_norm: The norm of r.
+        mu: The eigenvalue; larger ones would have to hide with less.
+
+    Returns:
+        A number from 0 to 1; 1 if a Ritz value is as large as ``mu``: nothing is hidden then.
+
+    Example:
+        One product with a vector says nothing of an operator but its mean and spread there: with mean 0 and spread 1,
+        an eigenvalue of 3 has a weight of 1 / (1 + 3²) at most (Chebyshev's inequality).
+
+        >>> largest_hidden_component(torch.zeros(1, 1), torch.ones(1), 1.0, mu=3.0) ** 2
+        0.1...
+    """
+    shifted = mu * torch.eye(len(projection), dtype=projection.dtype) - projection
+    if float(torch.linalg.eigvalsh(shifted)[0]) <= 0:
+        return 1.0
+    inside = remainder_norm * torch.linalg.inv(shifted)[:, -1]
+    return float((first @ inside).abs() / (1 + inside @ inside).sqrt())
+
+
+def chance_of_less(component: float, size: int) -> float:
+    """Bound the chance that a random unit vector has no larger component than this along a given direction.
+
+    Args:
+        component: From 0 to 1.
+        size: Dimension; the component is nearly Gaussian with a variance of one over that.
+    """
+    return min(1.0, math.sqrt(2 / math.pi * size) * component)
