@@ -23,7 +23,8 @@ The truth is SciPy's ``eigsh`` in float64 on a plain double backward pass. Every
 set at its peak (Linux only). *Warm* starts from what the tool found 25 steps of SGD earlier, in its default setting. A
 tool that has no second derivative of fused attention is shown as failing, or timed within PyTorch's ``sdpa_kernel``.
 
-Results are kept in ``logs/benchmark_peers`` one network and k at a time: run again to go on, ``--fresh`` to start anew.
+Results are kept in ``logs/benchmark_peers`` one network and k at a time: run again to go on, ``--fresh`` to start anew,
+``--again`` to time anew without looking for the settings of the peers once more.
 """
 
 from __future__ import annotations
@@ -134,12 +135,12 @@ def time_by_turns(candidates: list[Candidate], problem: Problem, values: list[fl
             row.errors.append(relative_error(result.values, values))
 
 
-def measure(name: str, k: int, args: argparse.Namespace) -> list[Row]:
+def measure(name: str, k: int, earlier: list[Row], args: argparse.Namespace) -> list[Row]:
     """Calibrate on one batch, and time all tools on one batch and, for several eigenvalues, on microbatches."""
     (before, now), (values, _) = prepared(name)
     num_parameters = sum(p.numel() for p in now.module.parameters())
     title = f"{WORKLOADS[name].title}, {num_parameters / 1e6:.2g}M"
-    whole = calibrated(before, now, values[:k], title, quick=args.quick)
+    whole = calibrated(before, now, values[:k], title, quick=args.quick, earlier=earlier)
     time_by_turns(whole, now, values[:k], args)
     split = for_microbatches(whole, NUM_MICROBATCHES) if k > 1 else []
     if split:
@@ -194,6 +195,7 @@ def main() -> None:
         "--clock", choices=CLOCKS, default="wall", help="on a machine that others use: processor, with --threads 1"
     )
     parser.add_argument("--fresh", action="store_true", help="forget the results of earlier runs")
+    parser.add_argument("--again", action="store_true", help="time anew, with the settings of peers found earlier")
     parser.add_argument("--readme", type=Path, help="a README.md to put the table into, between its comments")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--quick", action="store_true", help="one round of settings not looked for: does it run?")
@@ -208,9 +210,10 @@ def main() -> None:
     for name in args.workload:
         for k in args.k:
             path = kept / f"{name}_k{k}.json"
-            if args.fresh or not path.exists():
+            if args.fresh or args.again or not path.exists():
+                earlier = [Row(**row) for row in json.loads(path.read_text())] if args.again and path.exists() else []
                 start, busy = time.perf_counter(), time.process_time()
-                found = measure(name, k, args)
+                found = measure(name, k, earlier, args)
                 path.write_text(json.dumps([dataclasses.asdict(row) for row in found], indent=1))
                 took, used = time.perf_counter() - start, time.process_time() - busy
                 print(f"{path.stem}: {took:.0f} s, {used:.0f} s of processor time", flush=True)

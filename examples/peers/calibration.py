@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from peers.report import ALL_KINDS, TARGET_ERROR, Row, relative_error
+from peers.report import ALL_KINDS, OURS, TARGET_ERROR, Row, relative_error
 from peers.tools import TOOLS, Measured, Settings, Tool
 from peers.workloads import Problem
 
@@ -41,7 +41,13 @@ class Candidate:
 
 
 def calibrated(
-    before: Problem, now: Problem, values: list[float], title: str, *, quick: bool = False
+    before: Problem,
+    now: Problem,
+    values: list[float],
+    title: str,
+    *,
+    quick: bool = False,
+    earlier: Sequence[Row] = (),
 ) -> list[Candidate]:
     """Try the settings of all tools on one Hessian, untimed.
 
@@ -51,6 +57,7 @@ def calibrated(
         values: Its largest eigenvalues.
         title: Of the workload.
         quick: Do not try: take the middle one of the settings, to see that everything runs.
+        earlier: What an earlier run has found for the same Hessian: the settings of peers are taken from there.
 
     Returns:
         What to time, and rows with a note for what cannot be.
@@ -63,11 +70,12 @@ def calibrated(
             found.append(first.with_(kind="default", options={}, note=f"fails: {reason}"))
         if reason and first.row.note != HELP:
             continue
-        cold = _candidates(first, ALL_KINDS, now, values, quick)
+        chosen = {(row.kind, row.start): row for row in earlier if row.tool == tool.name != OURS}
+        cold = _candidates(first, ALL_KINDS, now, values, quick, chosen)
         found += cold
         if tool.kinds_warm:
             kept = first.with_(options=cold[0].row.options).run(before, 0).kept  # its note may say "not enough" by now
-            found += _candidates(first.with_(kept=kept, start="warm"), tool.kinds_warm, now, values, quick)
+            found += _candidates(first.with_(kept=kept, start="warm"), tool.kinds_warm, now, values, quick, chosen)
     return found
 
 
@@ -87,10 +95,18 @@ def _why_not(candidate: Candidate, problem: Problem) -> str:
 
 
 def _candidates(
-    like: Candidate, kinds: Sequence[str], problem: Problem, values: list[float], quick: bool
+    like: Candidate,
+    kinds: Sequence[str],
+    problem: Problem,
+    values: list[float],
+    quick: bool,
+    chosen: dict[tuple[str, str], Row],
 ) -> list[Candidate]:
     def first(kind: str, settings: Settings, is_enough: Callable[[Measured], bool]) -> Candidate:
         """Return the first setting whose result is enough."""
+        if (kind, like.row.start) in chosen:
+            row = chosen[kind, like.row.start]
+            return like.with_(kind=kind, options=row.options, note=row.note)
         tried = settings(like.row.k)
         if quick:
             return like.with_(kind=kind, options=tried[len(tried) // 2])
