@@ -61,7 +61,8 @@ class LossLandscape:
             measurement; what they cannot do is left to ``"auto"``, with a warning. ``"finite_difference"``: central
             differences of the gradient, with ``product_error`` their relative error.
         graph_memory: Bytes of gradient graphs that are kept between Hessian-vector products of one measurement.
-            Batches beyond that are differentiated anew in each product, which costs 1.5 times as much.
+            Batches beyond that are differentiated anew in each product, which costs 1.5 times as much. The graph of
+            the only batch is kept however large it is: it has to fit into memory anyway.
         batch_size_fn: ``batch_size_fn(batch)`` returns the number of samples of a batch. Default: the length
             of the first axis of the first tensor in it.
         seed: Seed of the random numbers that the module draws.
@@ -172,7 +173,7 @@ class LossLandscape:
         guard = isolated(self.module, self.mode, self.device, self.seed)
         with gathered(self.module, held) as whole_parameters, guard as self._isolation:
             self.parameters = whole_parameters
-            self.graphs = GraphStore(self._products.budget(self.graph_memory))
+            self.graphs = GraphStore(self._products.budget(self.graph_memory), keeps_first=len(self.batches) == 1)
             try:
                 yield self
             finally:

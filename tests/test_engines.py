@@ -138,6 +138,19 @@ def test_auto_keeps_what_fits_and_says_so():
     assert sizes == {0: "rebuilt", 3000: "kept+rebuilt", 2**20: "kept"}
 
 
+def test_the_graph_of_the_only_batch_is_kept_however_large_it_is():
+    problem = landscape_of("tanh_mlp", "auto")
+    assert len(problem.batches) > 1
+    engines = {}
+    for num_batches, memory in ((1, 1), (1, 0), (len(problem.batches), 1)):
+        here = LossLandscape(problem.module, problem.batches[:num_batches], problem.loss_fn, graph_memory=memory)
+        with here.measurement():
+            for seed in range(2):
+                here.hvp(vector(here, seed))
+        engines[num_batches > 1, memory] = here.engine
+    assert engines == {(False, 1): "kept", (False, 0): "rebuilt", (True, 1): "rebuilt"}
+
+
 def test_engines_can_be_forced_whatever_the_memory():
     for engine, memory in (("kept", 0), ("rebuilt", 2**30)):
         landscape = landscape_of("tanh_mlp", engine, graph_memory=memory)

@@ -15,10 +15,13 @@ class GraphStore:
 
     Args:
         budget: Bytes that all graphs together may hold.
+        keeps_first: Whether the first graph is kept however large it is: where there is but one batch, memory has to
+            hold its graph in any case. Not with a budget of zero.
     """
 
-    def __init__(self, budget: float) -> None:
+    def __init__(self, budget: float, *, keeps_first: bool = False) -> None:
         self.budget = budget
+        self.keeps_first = keeps_first and budget > 0
         self.gradient_sum: Tensor | None = None
         """The gradients of batches that were by-products, weighted and added up, for the gradient of all."""
         self.summed: set[int] = set()
@@ -37,7 +40,7 @@ class GraphStore:
 
     def may_fit(self, key: Key) -> bool:
         """Return whether there is room for a graph, as far as its size is known from an earlier one."""
-        return self.room > 0 and self._sizes.get(key, 0) <= self.room
+        return self._is_first_kept or (self.room > 0 and self._sizes.get(key, 0) <= self.room)
 
     def offer(self, key: Key, graph: Any, num_bytes: int) -> bool:
         """Keep a graph if there is room.
@@ -51,10 +54,14 @@ class GraphStore:
             Whether it is kept.
         """
         self._sizes[key] = num_bytes
-        if num_bytes > self.room:
+        if num_bytes > self.room and not self._is_first_kept:
             return False
         self._graphs[key] = graph
         return True
+
+    @property
+    def _is_first_kept(self) -> bool:
+        return self.keeps_first and not self._graphs
 
     def discard(self, engine: type) -> None:
         """Forget the graphs of an engine."""

@@ -32,6 +32,10 @@ def lanczos(
     A pair counts as converged when ``‖A y - theta y‖ <= tol |theta|`` (or rounding forbids more). The error of the
     eigenvalue itself is of the order of the residual's square over the gap to the rest of the spectrum.
 
+    A residual belongs to *an* eigenvalue; that it is the most wanted one rests on the random part of the start. Where
+    several pairs are wanted, products with another random vector look for more, copies of multiple eigenvalues among
+    them, until one that is 10 % more wanted than the last pair would be missed in one of ten runs at most.
+
     Args:
         matvec: Product of the operator with a vector of shape (size,).
         size: Dimension.
