@@ -15,7 +15,7 @@ The truth is SciPy's ``eigsh`` in float64 on a plain double backward pass. Every
 - as its documentation uses it ("default"; of ours, too);
 - with the least work, among settings tried beforehand, that is accurate to 1e-2 ("cheapest"): what somebody who knew
   the truth would choose, so a bound rather than something to be had. The error is the largest of the k eigenvalues',
-  and a setting has to reach half of 1e-2 in the untimed trial, to keep 1e-2 in the timed rounds;
+  and a setting has to reach half of 1e-2 in three untimed trials, to keep 1e-2 in the timed rounds;
 - hessian-eigenthings, which takes a fixed number of steps, with enough of them for it to say that it converged, and
   ``eigsh`` with a tolerance of 1e-2 ("converged").
 

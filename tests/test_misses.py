@@ -1,4 +1,4 @@
-"""What Lanczos may have missed: the bound against orthogonal polynomials, the chance against simulation, both in use."""
+"""What Lanczos may have missed: the bound against orthogonal polynomials, the chance against simulation."""
 
 from __future__ import annotations
 

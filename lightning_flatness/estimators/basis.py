@@ -59,26 +59,16 @@ class Basis:
             Its coefficients in the basis, float64 on the CPU; what is left of it; the norm of that.
         """
         remainder = self._writable(vector)
-        newest = range(max(0, len(self) - _NUM_NEWEST), len(self))
         coefficients = torch.zeros(len(self), dtype=torch.float64)
-        for i in newest:
-            along = self[i] @ remainder
-            remainder.addcmul_(self[i], along, value=-1)
-            coefficients[i] = along
+        newest = range(max(0, len(self) - _NUM_NEWEST), len(self))
+        coefficients[newest.start :] = _take_out(remainder, [self[i][None] for i in newest])
         for _ in range(2):
-            correction = self._take_out(remainder)
+            correction = _take_out(remainder, self._filled())
             coefficients += correction
             norm = float(torch.linalg.vector_norm(remainder))
             if not float(torch.linalg.vector_norm(correction)) > _SMALL_CORRECTION * norm:
                 break
         return coefficients, remainder, norm
-
-    def _take_out(self, vector: Tensor) -> Tensor:
-        """Subtract from a vector, in place, its components along all rows as they are now, and return these."""
-        found = [block @ vector for block in self._filled()]
-        for block, along in zip(self._filled(), found, strict=True):
-            vector.addmv_(block.T, along, alpha=-1)
-        return torch.cat([vector.new_empty(0), *found]).cpu().double()
 
     def _writable(self, vector: Tensor) -> Tensor:
         """Return the vector, or a copy if others use its memory: an operator may return what it was given."""
@@ -96,6 +86,14 @@ class Basis:
                 self[row][first : first + width] = values
         self._num_rows = coefficients.shape[1]
         del self._blocks[-(-self._num_rows // _BLOCK) :]
+
+
+def _take_out(vector: Tensor, blocks: list[Tensor]) -> Tensor:
+    """Subtract from a vector, in place, its components along orthonormal rows; return these, float64 on the CPU."""
+    found = [block @ vector for block in blocks]
+    for block, along in zip(blocks, found, strict=True):
+        vector.addmv_(block.T, along, alpha=-1)
+    return torch.cat([vector.new_empty(0), *found]).cpu().double()
 
 
 def normalized(vector: Tensor) -> Tensor:
