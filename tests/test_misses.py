@@ -56,6 +56,13 @@ def test_a_ritz_value_beyond_hides_nothing():
     assert chance_of_less(1.0, 10) == 1.0
 
 
+def test_an_invariant_space_shows_all_there_is():
+    assert largest_hidden_component(torch.tensor([[1.0]]), torch.ones(1), 0.0, mu=3.0) == 0.0
+    result = lanczos(lambda v: 0 * v, 500, k=5, tol=1e-3)
+    assert result.converged
+    assert result.num_products <= 10
+
+
 @pytest.mark.parametrize("component", [1e-3, 1e-2])
 def test_the_chance_bounds_how_often_a_random_vector_has_less(component):
     size, num = 400, 20_000

@@ -27,7 +27,8 @@ def largest_hidden_component(projection: Tensor, first: Tensor, remainder_norm: 
         mu: The eigenvalue; larger ones would have to hide with less.
 
     Returns:
-        A number from 0 to 1; 1 if a Ritz value is as large as ``mu``: nothing is hidden then.
+        A number from 0 to 1: 1 if a Ritz value has come as far as ``mu``, so that nothing is hidden; 0 if the space is
+        invariant, so that it shows all there is along the first vector.
 
     Example:
         One product with a vector says nothing of an operator but its mean and spread there: with mean 0 and spread 1,
@@ -37,8 +38,11 @@ def largest_hidden_component(projection: Tensor, first: Tensor, remainder_norm: 
         0.1...
     """
     shifted = mu * torch.eye(len(projection), dtype=projection.dtype) - projection
-    if float(torch.linalg.eigvalsh(shifted)[0]) <= 0:
+    distance = float(torch.linalg.eigvalsh(shifted)[0])
+    if distance < 0 or (distance == 0 and remainder_norm > 0):
         return 1.0
+    if remainder_norm == 0:
+        return 0.0
     inside = remainder_norm * torch.linalg.inv(shifted)[:, -1]
     return float((first @ inside).abs() / (1 + inside @ inside).sqrt())
 
