@@ -30,6 +30,7 @@ _NUM_CONFIRMING_PRODUCTS = 3
 _CHANCE_OF_A_MISS = 0.1
 _SIZE_OF_A_MISS = 0.1
 _NUM_HELD = 2
+_MIN_ROOM = 4
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ class KrylovSolver:
                 return self._result(values, coefficients, residuals, converged=False)
             if found is None:
                 norm = self._come_back(coefficients, norm)
-            if len(self.basis) == self.max_basis:
-                num_kept = min(self.k + (self.max_basis - self.k) // 2, self.max_basis - 1)
+            if len(self.basis) >= self._room:
+                num_kept = min(self.k + (self._room - self.k) // 2, self._room - 1)
                 self._compress(coefficients[:, :num_kept], values[:num_kept])
             if self._is_negligible(norm):  # an invariant subspace
                 self._append_random_direction()
@@ -180,7 +181,7 @@ class KrylovSolver:
     def _look_elsewhere(self, norm: float, coefficients: Tensor, values: Tensor) -> None:
         """Continue with a random direction instead of the remainder."""
         self._give_up(norm)
-        if self.max_basis - len(self.basis) < _NUM_CONFIRMING_PRODUCTS:
+        if self._room - len(self.basis) < _NUM_CONFIRMING_PRODUCTS:
             self._compress(coefficients[:, : self.k], values[: self.k])
         self.first_fresh = len(self.basis)
         self._append_random_direction()
@@ -193,8 +194,14 @@ class KrylovSolver:
         self.given_up = torch.cat([self.given_up, row])
         self.held.append(self.remainder)
         self.remainder = self.nothing
-        for i in range(len(self.held) - _NUM_HELD):
+        num_held = max(0, min(_NUM_HELD, self.max_basis - self.k - _MIN_ROOM))
+        for i in range(len(self.held) - num_held):
             self.held[i] = None
+
+    @property
+    def _room(self) -> int:
+        """Rows that the basis may have, now that vectors are held beside it."""
+        return self.max_basis - sum(vector is not None for vector in self.held)
 
     def _come_back(self, coefficients: Tensor, norm: float) -> float:
         """Take a remainder that was given up in the place of the current one, if it matters more; return its norm."""
