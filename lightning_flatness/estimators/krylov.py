@@ -169,7 +169,7 @@ class KrylovSolver:
         first, n = self.first_fresh, len(self.basis)
         rest, fresh = self.projection[first:n, first:n], self.fresh[first:n]
         last = _wantedness(found[-1], self.which)
-        mu = float(last + torch.maximum(_SIZE_OF_A_MISS * last.abs(), self._tolerances(found, last)))
+        mu = float(last + _SIZE_OF_A_MISS * last.abs() + self._tolerances(found, last))
         signs = {"LA": [1], "SA": [-1], "LM": [1, -1]}[self.which]
         hidden = max(largest_hidden_component(sign * rest, fresh, norm, mu) for sign in signs)
         return chance_of_less(hidden, self.size)
