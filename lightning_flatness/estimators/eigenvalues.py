@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_flatness.estimators.krylov import EigenResult, Which
 from lightning_flatness.estimators.lanczos import lanczos
 from lightning_flatness.estimators.operators import Operator, curvature_product
-from lightning_flatness.estimators.starts import remember_covectors, start_vector
+from lightning_flatness.estimators.starts import remember_covectors, start_noise, start_vector, usable
 from lightning_flatness.geometry import Geometry
 from lightning_flatness.landscape import LossLandscape
 
@@ -56,9 +56,7 @@ def top_eigenvalues(
     """
     with landscape.measurement():
         chart = landscape.chart(geometry)
-        start, noise = start_vector(
-            landscape, chart, start, operator=operator, k=k, which=which, shared=shared_start
-        )  # fmt: skip
+        start = usable(start, chart)
         result = lanczos(
             curvature_product(landscape, chart, operator),
             chart.num_coordinates,
@@ -67,8 +65,8 @@ def top_eigenvalues(
             tol=tol,
             max_products=max_products,
             max_basis=max_basis,
-            start=start,
-            start_noise=noise,
+            start=start_vector(landscape, chart, start, operator=operator, k=k, which=which, shared=shared_start),
+            start_noise=start_noise(landscape, start, shared=shared_start),
             seed=seed,
             dtype=landscape.dtype,
             device=landscape.device,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.estimators.basis import Basis, normalized
-from lightning_flatness.estimators.misses import chance_of_less, largest_hidden_component
+from lightning_flatness.estimators.misses import Look, chance_of_less, largest_hidden_component
 
 Which = Literal["LA", "SA", "LM"]
 
@@ -29,6 +29,7 @@ _SPARE_WEIGHT = 0.3
 _NUM_CONFIRMING_PRODUCTS = 3
 _CHANCE_OF_A_MISS = 0.1
 _SIZE_OF_A_MISS = 0.1
+_TOLD_SOMETHING = 0.5
 _NUM_HELD = 2
 _MIN_ROOM = 4
 
@@ -86,8 +87,7 @@ class KrylovSolver:
         self.projection = torch.zeros(max_basis, max_basis, dtype=torch.float64)
         self.given_up = torch.zeros(0, max_basis, dtype=torch.float64)
         self.held: list[Tensor | None] = []
-        self.fresh = torch.zeros(max_basis, dtype=torch.float64)  # the last fresh direction, in the basis
-        self.first_fresh = 0  # the row with which the space begins that it opened
+        self.look = Look(0, max_basis)
         self.num_products = 0
         self.remainder = self.nothing = torch.empty(0)  # a vector only as long as it is needed: it may be large
 
@@ -108,14 +108,19 @@ class KrylovSolver:
                 if self.k == 1 or is_last:
                     return self._result(values, coefficients, residuals, converged=True)
                 found = values[: self.k]
+                self.look.chance_before = 1.0
                 self._look_elsewhere(norm, coefficients, values)
                 continue
-            if found is not None and (is_last or self._chance_of_a_miss(found, norm) <= _CHANCE_OF_A_MISS):
+            if found is not None and (is_last or self._is_rest_settled(found, norm)):
                 return self._result(values, coefficients, residuals, converged=True)
             if self.num_products >= max_products and len(values) >= self.k:
                 return self._result(values, coefficients, residuals, converged=False)
             if found is None:
                 norm = self._come_back(coefficients, norm)
+            if len(self.basis) >= self._room and found is not None and self.look.chance < _TOLD_SOMETHING:
+                self.look.chance_before *= self.look.chance
+                self._look_elsewhere(norm, coefficients, values)
+                continue
             if len(self.basis) >= self._room:
                 num_kept = min(self.k + (self._room - self.k) // 2, self._room - 1)
                 self._compress(coefficients[:, :num_kept], values[:num_kept])
@@ -164,15 +169,25 @@ class KrylovSolver:
         gain = _wantedness(values[: self.k], self.which) - _wantedness(found, self.which)
         return bool((gain > self._tolerances(values, found)).any())
 
-    def _chance_of_a_miss(self, found: Tensor, norm: float) -> float:
-        """Return the chance that the last look has missed an eigenvalue clearly more wanted than the last one found."""
-        first, n = self.first_fresh, len(self.basis)
-        rest, fresh = self.projection[first:n, first:n], self.fresh[first:n]
+    def _is_rest_settled(self, found: Tensor, norm: float) -> bool:
+        """Whether it is unlikely that an eigenvalue was missed that clearly is more wanted than the last one found.
+
+        Where restarts have lost what the fresh direction had in it, whether the top of the rest is known, and lower.
+        """
+        rows = slice(self.look.first, len(self.basis))
+        rest, fresh = self.projection[rows, rows], self.look.direction[rows]
         last = _wantedness(found[-1], self.which)
-        mu = float(last + _SIZE_OF_A_MISS * last.abs() + self._tolerances(found, last))
+        limit = float(last + _SIZE_OF_A_MISS * last.abs() + self._tolerances(found, last))
         signs = {"LA": [1], "SA": [-1], "LM": [1, -1]}[self.which]
-        hidden = max(largest_hidden_component(sign * rest, fresh, norm, mu) for sign in signs)
-        return chance_of_less(hidden, self.size)
+        hidden = max(largest_hidden_component(sign * rest, fresh, norm, limit) for sign in signs)
+        self.look.chance = min(self.look.chance, chance_of_less(hidden, self.size))
+        if self.look.chance_before * self.look.chance <= _CHANCE_OF_A_MISS:
+            return True
+        values, coefficients = torch.linalg.eigh(rest)
+        best = int(_wantedness(values, self.which).argmax())
+        residual = float(norm * coefficients[-1, best].abs())
+        is_lower = float(_wantedness(values[best], self.which)) + residual < limit
+        return self.look.is_restarted and is_lower and residual <= _SIZE_OF_A_MISS * float(last.abs())
 
     def _is_negligible(self, norm: float) -> bool:
         n = len(self.basis)
@@ -183,9 +198,8 @@ class KrylovSolver:
         self._give_up(norm)
         if self._room - len(self.basis) < _NUM_CONFIRMING_PRODUCTS:
             self._compress(coefficients[:, : self.k], values[: self.k])
-        self.first_fresh = len(self.basis)
+        self.look = Look(len(self.basis), self.max_basis, self.look.chance_before)
         self._append_random_direction()
-        self.fresh.zero_()[self.first_fresh] = 1.0
 
     def _give_up(self, norm: float) -> None:
         """Note that the remainder of the newest row will not become the next basis vector."""
@@ -222,15 +236,15 @@ class KrylovSolver:
         """Replace the basis by the Ritz vectors with these coefficients."""
         n, num_kept = coefficients.shape
         given_up = self.given_up[:, :n] @ coefficients
-        fresh = self.fresh[:n] @ coefficients
+        direction = self.look.direction[:n] @ coefficients
         self.basis.rotate(coefficients)
         self.projection.zero_()
         self.projection[:num_kept, :num_kept] = torch.diag(values)
         self.given_up.zero_()
         self.given_up[:, :num_kept] = given_up
-        self.fresh.zero_()
-        self.fresh[:num_kept] = fresh
-        self.first_fresh = self.k
+        self.look.direction.zero_()
+        self.look.direction[:num_kept] = direction
+        self.look.first, self.look.is_restarted = self.k, True
 
     def _start_vector(self, start: Tensor | None, noise: float) -> Tensor:
         random = normalized(self._random_vector())

@@ -14,6 +14,29 @@ import torch
 from torch import Tensor
 
 
+class Look:
+    """A look at the rest of the space, beyond what was found, that begins with a random direction.
+
+    Args:
+        first: The row of the basis with which it begins.
+        max_basis: Rows of the basis at most.
+        chance_before: The chance that all looks before this one have missed the same eigenvector.
+
+    Attributes:
+        direction: The random direction in the basis, as far as restarts have kept it.
+        chance: The chance that this look has missed it, the smallest bound so far.
+        is_restarted: Whether the basis was compressed since.
+    """
+
+    def __init__(self, first: int, max_basis: int, chance_before: float = 1.0) -> None:
+        self.first = first
+        self.direction = torch.zeros(max_basis, dtype=torch.float64)
+        self.direction[first] = 1.0
+        self.chance_before = chance_before
+        self.chance = 1.0
+        self.is_restarted = False
+
+
 def largest_hidden_component(projection: Tensor, first: Tensor, remainder_norm: float, mu: float) -> float:
     """Return how much of an eigenvector with an eigenvalue of ``mu`` or more the first vector can have at most.
 

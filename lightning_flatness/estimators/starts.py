@@ -23,6 +23,13 @@ _NOISE = 0.03
 _NOISE_BESIDE_THE_GRADIENT = 1.0
 
 
+def usable(start: Tensor | None, chart: Chart) -> Tensor | None:
+    """Return the eigenvectors of an earlier measurement, if they are in these coordinates and finite."""
+    if start is None or start.shape[-1] != chart.num_coordinates or not torch.isfinite(start).all():
+        return None
+    return start
+
+
 def start_vector(
     landscape: LossLandscape,
     chart: Chart,
@@ -32,7 +39,7 @@ def start_vector(
     k: int,
     which: Which,
     shared: bool,
-) -> tuple[Tensor | None, float]:
+) -> Tensor | None:
     """Return a vector that lies close to the ``k`` most wanted eigenvectors, as far as they can be known.
 
     Costs one gradient at most: nothing where the graphs are kept, which have to be built for the products anyway.
@@ -40,34 +47,36 @@ def start_vector(
     Args:
         landscape: The loss, inside one of its measurements.
         chart: The coordinates.
-        previous: Eigenvectors of an earlier measurement, shape (any, num_coordinates); others are not used.
+        previous: Eigenvectors of an earlier measurement, shape (any, num_coordinates).
         operator: The curvature.
         k: How many eigenvectors are wanted.
         which: Which ones.
         shared: Whether to use what another geometry has shown in this measurement.
 
     Returns:
-        A vector of shape (num_coordinates,), or None if nothing is known, and the noise to add to it: as much as the
-        vector itself where only the gradient is known, which need not have a part in every eigenvector.
+        A vector of shape (num_coordinates,), or None if nothing is known.
     """
-    if previous is not None and (previous.shape[-1] != chart.num_coordinates or not torch.isfinite(previous).all()):
-        previous = None
     if which == "SA":
-        return (None if previous is None else mixed(previous, k)), _NOISE
+        return None if previous is None else mixed(previous, k)
     known = landscape.sharp_covectors if shared else None
     if known is not None:
         here = mixed(torch.stack([chart.pull_back(c) for c in known]), k)
         if len(known) < k and previous is not None:
             here = _added(here, previous if previous.dim() == 1 else mixed(previous, k))
-        if operator == "hessian":
-            here = _added(here, chart.pull_back(landscape.gradient()), _GRADIENT_SHARE)
-        return here, _NOISE
+        return here if operator == "ggn" else _added(here, chart.pull_back(landscape.gradient()), _GRADIENT_SHARE)
     if operator == "ggn" or (previous is not None and k > 1):
-        return (None if previous is None else mixed(previous, k)), _NOISE
+        return None if previous is None else mixed(previous, k)
     gradient = chart.pull_back(landscape.gradient(keep_graphs=True))
-    if previous is None:
-        return gradient, _NOISE_BESIDE_THE_GRADIENT
-    return _added(mixed(previous, k), gradient), _NOISE
+    return gradient if previous is None else _added(mixed(previous, k), gradient)
+
+
+def start_noise(landscape: LossLandscape, previous: Tensor | None, *, shared: bool) -> float:
+    """Return the length of the random vector that is added to the direction of :func:`start_vector`.
+
+    As much as the vector itself where only the gradient is known, which need not have a part in every eigenvector.
+    """
+    knows_directions = previous is not None or (shared and landscape.sharp_covectors is not None)
+    return _NOISE if knows_directions else _NOISE_BESIDE_THE_GRADIENT
 
 
 def remember_covectors(landscape: LossLandscape, chart: Chart, eigenvectors: Tensor) -> None:
