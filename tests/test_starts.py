@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_flatness import InvariantSharpness, LossLandscape, TopEigenvalues
+from lightning_flatness.estimators import lanczos, top_eigenvalues
 from lightning_flatness.metrics import preset_metrics
 
 
@@ -107,3 +108,40 @@ def test_the_default_metrics_take_at_most_15_percent_of_an_epoch_of_50_000_sampl
             optimizer.step()
     assert all(metric.converged for metric in metrics.values())
     assert statistics.median(shares[1:]) <= 0.15, shares
+
+
+def test_a_cold_run_starts_from_the_gradient_and_finds_what_a_random_start_finds(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    sys.modules.pop("digits", None)
+    from digits import ConvNet, DigitsDataModule
+
+    torch.manual_seed(0)
+    module, (x, y) = ConvNet(), DigitsDataModule().train_set.tensors
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+    for batch in torch.arange(1400).split(32):
+        optimizer.zero_grad()
+        F.cross_entropy(module(x[batch]), y[batch]).backward()
+        optimizer.step()
+    saved = []
+    with LossLandscape(module, [(x[:512], y[:512])], lambda m, b: F.cross_entropy(m(b[0]), b[1])).measurement() as here:
+        for seed in range(5):
+            options = {"k": 1, "tol": 1e-3, "seed": seed}
+            found = top_eigenvalues(here, **options)
+            random = lanczos(here.hvp, here.num_parameters, **options)
+            saved.append(random.num_products - found.num_products)
+            torch.testing.assert_close(found.eigenvalues, random.eigenvalues, rtol=1e-4, atol=0)
+    assert statistics.median(saved) >= 1, saved
+
+
+def test_the_gradient_may_have_no_part_in_the_sharpest_direction():
+    """Two quadratics side by side, of which the sharper one is at its minimum."""
+    module = nn.ParameterDict({"flat": nn.Parameter(torch.ones(300)), "sharp": nn.Parameter(torch.zeros(300))})
+    curvature = torch.linspace(0.1, 1, 300).double()
+
+    def loss(module: nn.Module, batch: Tensor) -> Tensor:
+        return (curvature * (module["flat"] ** 2 + 3 * module["sharp"] ** 2)).sum() / 2
+
+    here = LossLandscape(module.double(), [torch.zeros(1)], loss)
+    for k in (1, 3):
+        result = top_eigenvalues(here, k=k, tol=1e-4)
+        torch.testing.assert_close(result.eigenvalues, 3 * curvature.flip(0)[:k], rtol=1e-4, atol=0)

@@ -20,16 +20,14 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.estimators.basis import Basis, normalized
-from lightning_flatness.estimators.misses import Look, chance_of_less, largest_hidden_component
+from lightning_flatness.estimators.misses import Look
 
 Which = Literal["LA", "SA", "LM"]
 
 _NUM_SPARE_VECTORS = 2
 _SPARE_WEIGHT = 0.3
 _NUM_CONFIRMING_PRODUCTS = 3
-_CHANCE_OF_A_MISS = 0.1
 _SIZE_OF_A_MISS = 0.1
-_TOLD_SOMETHING = 0.5
 _NUM_HELD = 2
 _MIN_ROOM = 4
 
@@ -117,7 +115,7 @@ class KrylovSolver:
                 return self._result(values, coefficients, residuals, converged=False)
             if found is None:
                 norm = self._come_back(coefficients, norm)
-            if len(self.basis) >= self._room and found is not None and self.look.chance < _TOLD_SOMETHING:
+            if len(self.basis) >= self._room and found is not None and self.look.has_told_something:
                 self.look.chance_before *= self.look.chance
                 self._look_elsewhere(norm, coefficients, values)
                 continue
@@ -170,24 +168,14 @@ class KrylovSolver:
         return bool((gain > self._tolerances(values, found)).any())
 
     def _is_rest_settled(self, found: Tensor, norm: float) -> bool:
-        """Whether it is unlikely that an eigenvalue was missed that clearly is more wanted than the last one found.
-
-        Where restarts have lost what the fresh direction had in it, whether the top of the rest is known, and lower.
-        """
+        """Whether it is unlikely that an eigenvalue was missed that clearly is more wanted than the last one found."""
         rows = slice(self.look.first, len(self.basis))
-        rest, fresh = self.projection[rows, rows], self.look.direction[rows]
+        rest = self.projection[rows, rows]
+        rests = {"LA": [rest], "SA": [-rest], "LM": [rest, -rest]}[self.which]  # the wanted ones are the largest
         last = _wantedness(found[-1], self.which)
-        limit = float(last + _SIZE_OF_A_MISS * last.abs() + self._tolerances(found, last))
-        signs = {"LA": [1], "SA": [-1], "LM": [1, -1]}[self.which]
-        hidden = max(largest_hidden_component(sign * rest, fresh, norm, limit) for sign in signs)
-        self.look.chance = min(self.look.chance, chance_of_less(hidden, self.size))
-        if self.look.chance_before * self.look.chance <= _CHANCE_OF_A_MISS:
-            return True
-        values, coefficients = torch.linalg.eigh(rest)
-        best = int(_wantedness(values, self.which).argmax())
-        residual = float(norm * coefficients[-1, best].abs())
-        is_lower = float(_wantedness(values[best], self.which)) + residual < limit
-        return self.look.is_restarted and is_lower and residual <= _SIZE_OF_A_MISS * float(last.abs())
+        slack = float(_SIZE_OF_A_MISS * last.abs())
+        limit = float(last + self._tolerances(found, last)) + slack
+        return self.look.is_enough(rests, self.look.direction[rows], norm, limit, slack, self.size)
 
     def _is_negligible(self, norm: float) -> bool:
         n = len(self.basis)

@@ -13,6 +13,9 @@ import math
 import torch
 from torch import Tensor
 
+_CHANCE_OF_A_MISS = 0.1
+_CHANCE_THAT_TELLS = 0.5
+
 
 class Look:
     """A look at the rest of the space, beyond what was found, that begins with a random direction.
@@ -35,6 +38,32 @@ class Look:
         self.chance_before = chance_before
         self.chance = 1.0
         self.is_restarted = False
+
+    @property
+    def has_told_something(self) -> bool:
+        """Whether another look would add to this one."""
+        return self.chance <= _CHANCE_THAT_TELLS
+
+    def is_enough(
+        self, rests: list[Tensor], direction: Tensor, remainder_norm: float, limit: float, slack: float, size: int
+    ) -> bool:
+        """Return whether an eigenvalue beyond a limit would have been seen, all but certainly.
+
+        Where restarts have lost what the direction had in it: whether the largest Ritz value is known, and smaller.
+
+        Args:
+            rests: The projection onto the space of this look, once or with both signs.
+            direction: The random direction in that space.
+            remainder_norm: The norm of what sticks out of the space.
+            limit: What an eigenvalue has to exceed to matter.
+            slack: How exactly the largest Ritz value has to be known.
+            size: Dimension.
+        """
+        hidden = max(largest_hidden_component(rest, direction, remainder_norm, limit) for rest in rests)
+        self.chance = min(self.chance, chance_of_less(hidden, size))
+        if self.chance_before * self.chance <= _CHANCE_OF_A_MISS:
+            return True
+        return self.is_restarted and all(_is_known_below(rest, remainder_norm, limit, slack) for rest in rests)
 
 
 def largest_hidden_component(projection: Tensor, first: Tensor, remainder_norm: float, mu: float) -> float:
@@ -78,3 +107,9 @@ def chance_of_less(component: float, size: int) -> float:
         size: Dimension; the component is nearly Gaussian with a variance of one over that.
     """
     return min(1.0, math.sqrt(2 / math.pi * size) * component)
+
+
+def _is_known_below(projection: Tensor, remainder_norm: float, limit: float, slack: float) -> bool:
+    values, vectors = torch.linalg.eigh(projection)
+    residual = remainder_norm * float(vectors[-1, -1].abs())
+    return residual <= slack and float(values[-1]) + residual < limit
