@@ -106,7 +106,7 @@ class FlatnessMonitor(LandscapeMonitor):
         split: Literal["train", "val"] = "train",
         loss_fn: LossFunction | None = None,
         mode: Mode = "eval",
-        tol: float = 3e-2,
+        tol: float = 4e-2,
         log_key_prefix: str = "flatness/",
         engine: EngineName = "auto",
         seed: int = 0,

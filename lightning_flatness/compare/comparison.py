@@ -23,7 +23,7 @@ from lightning_flatness.compare.tags import (
     missing_curves,
 )
 
-TOLERANCE = 3e-2
+TOLERANCE = 4e-2
 """A residual above this share of its value is marked: the tolerance that FlatnessMonitor has by default."""
 
 

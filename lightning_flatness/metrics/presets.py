@@ -16,7 +16,7 @@ Preset = Literal["default", "all"]
 
 
 def preset_metrics(
-    preset: Preset = "default", *, top_k: int = 1, tol: float = 3e-2, seed: int = 0
+    preset: Preset = "default", *, top_k: int = 1, tol: float = 4e-2, seed: int = 0
 ) -> dict[str, FlatnessMetric]:
     """Return the metrics of a named set, by the names under which the monitor logs them.
 
