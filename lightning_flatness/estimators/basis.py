@@ -19,13 +19,17 @@ class Basis:
         size: Length of a row.
         dtype: Of the rows.
         device: Of the rows.
+        first_block: Rows of the first block: as many as will be left in the end, so that they need not be copied.
     """
 
-    def __init__(self, capacity: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, capacity: int, size: int, dtype: torch.dtype, device: torch.device, first_block: int = _BLOCK
+    ) -> None:
         self.capacity = capacity
         self.size = size
         self.dtype = dtype
         self.device = device
+        self.first_block = min(first_block, capacity)
         self._blocks: list[Tensor] = []
         self._num_rows = 0
 
@@ -33,18 +37,31 @@ class Basis:
         return self._num_rows
 
     def __getitem__(self, index: int) -> Tensor:
-        return self._blocks[index // _BLOCK][index % _BLOCK]
+        if index < self.first_block:
+            return self._blocks[0][index]
+        block, row = divmod(index - self.first_block, _BLOCK)
+        return self._blocks[block + 1][row]
 
     def append(self, vector: Tensor, norm: float | Tensor = 1.0) -> None:
         """Add ``vector / norm`` as a row."""
-        if self._num_rows == len(self._blocks) * _BLOCK:
-            num_rows = min(_BLOCK, self.capacity - self._num_rows)
+        if self._num_rows == sum(len(block) for block in self._blocks):
+            num_rows = min(_BLOCK, self.capacity - self._num_rows) if self._blocks else self.first_block
             self._blocks.append(torch.empty(num_rows, self.size, dtype=self.dtype, device=self.device))
         self._num_rows += 1
         torch.div(vector, norm, out=self[self._num_rows - 1])
 
     def _filled(self) -> list[Tensor]:
-        return [block[: self._num_rows - i * _BLOCK] for i, block in enumerate(self._blocks) if i * _BLOCK < len(self)]
+        filled, left = [], self._num_rows
+        for block in self._blocks:
+            if left > 0:
+                filled.append(block[:left])
+            left -= len(block)
+        return filled
+
+    def rows(self) -> Tensor:
+        """Return all rows as one tensor: the first block itself where they fill it, else a copy."""
+        filled = self._filled()
+        return filled[0] if len(filled) == 1 and len(filled[0]) == len(self._blocks[0]) else torch.cat(filled)
 
     def orthogonalize(self, vector: Tensor) -> tuple[Tensor, Tensor, float]:
         """Take the components in the basis out of a vector, in its own memory unless that is the basis's.
@@ -85,7 +102,7 @@ class Basis:
             for row, values in enumerate(mixing @ strip):
                 self[row][first : first + width] = values
         self._num_rows = coefficients.shape[1]
-        del self._blocks[-(-self._num_rows // _BLOCK) :]
+        del self._blocks[len(self._filled()) :]
 
 
 def _take_out(vector: Tensor, blocks: list[Tensor]) -> Tensor:

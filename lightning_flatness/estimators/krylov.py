@@ -81,7 +81,7 @@ class KrylovSolver:
         self.eps = torch.finfo(dtype).eps
         self.max_basis = max_basis
         self.generator = torch.Generator().manual_seed(seed)
-        self.basis = Basis(max_basis, size, dtype, device)
+        self.basis = Basis(max_basis, size, dtype, device, first_block=k + _NUM_SPARE_VECTORS)
         self.projection = torch.zeros(max_basis, max_basis, dtype=torch.float64)
         self.given_up = torch.zeros(0, max_basis, dtype=torch.float64)
         self.held: list[Tensor | None] = []
@@ -91,7 +91,8 @@ class KrylovSolver:
 
     def begin(self, start: Tensor | None, noise: float) -> None:
         """Take a start vector, or a mixture of several, with some noise, or a random one as the first of the basis."""
-        self.basis.append(self._start_vector(start, noise))
+        vector = self._start_vector(start, noise)
+        self.basis.append(vector, torch.linalg.vector_norm(vector))
 
     def run(self, max_products: int) -> EigenResult:
         """Expand, project and restart until the wanted pairs have converged or the products are spent."""
@@ -235,13 +236,13 @@ class KrylovSolver:
         self.look.first, self.look.is_restarted = self.k, True
 
     def _start_vector(self, start: Tensor | None, noise: float) -> Tensor:
-        random = normalized(self._random_vector())
+        random = self._random_vector()
         if start is None or not torch.isfinite(start).all() or not start.any():
             return random
         # The noise lets a direction in that has become wanted: from an eigenvector alone, a run would stay there.
         known = mixed(start.reshape(-1, self.size).to(random), self.k)
         sign = 1.0 if float(known @ random) >= 0 else -1.0  # or the two could cancel each other
-        return normalized(known.add_(random, alpha=sign * noise))
+        return known.add_(random, alpha=sign * noise / float(torch.linalg.vector_norm(random)))
 
     def _append_random_direction(self) -> None:
         """Add a random unit vector orthogonal to the basis."""
@@ -258,7 +259,7 @@ class KrylovSolver:
         num_kept = min(self.k + _NUM_SPARE_VECTORS, len(values))
         self._compress(coefficients[:, :num_kept], values[:num_kept])
         values, residuals = values[: self.k], residuals[: self.k]
-        subspace = torch.stack([self.basis[i] for i in range(num_kept)])
+        subspace = self.basis.rows()
         return EigenResult(
             eigenvalues=values.to(self.basis.dtype).to(self.basis.device),
             residuals=residuals.to(self.basis.dtype).to(self.basis.device),
@@ -280,7 +281,9 @@ def mixed(vectors: Tensor, k: int) -> Tensor:
         k: How many are wanted.
     """
     rows = vectors.reshape(-1, vectors.shape[-1])
-    return normalized(rows[:k].sum(dim=0) + _SPARE_WEIGHT * rows[k:].sum(dim=0))
+    if len(rows) == 1:
+        return normalized(rows[0])
+    return normalized(rows[:k].sum(dim=0).add_(rows[k:].sum(dim=0), alpha=_SPARE_WEIGHT))
 
 
 def _wantedness(values: Tensor, which: Which) -> Tensor:
