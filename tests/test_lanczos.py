@@ -11,6 +11,7 @@ from problems import wanted
 from torch import Tensor
 
 from lightning_flatness.estimators import lanczos
+from lightning_flatness.estimators.basis import Basis
 
 SPECTRA = {
     "outliers": [100.0, 50.0, 30.0, 20.0, 10.0, *torch.linspace(-0.5, 1.5, 115).tolist()],
@@ -183,3 +184,21 @@ def test_a_product_that_is_not_finite_is_an_error():
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         lanczos(lambda v: v, 5, **options)
+
+
+def test_what_is_left_of_a_vector_is_orthogonal_to_the_basis_even_if_little_is_left():
+    rows, _ = torch.linalg.qr(torch.randn(500, 9, generator=torch.Generator().manual_seed(0)))
+    basis = Basis(8, 500, torch.float32, torch.device("cpu"))
+    for row in rows.T[:8]:
+        basis.append(row)
+    vector = 1e4 * rows.T[0] + rows.T[8]
+    coefficients, remainder, norm = basis.orthogonalize(vector.clone())
+    assert norm == pytest.approx(1, rel=1e-2)
+    assert (rows.T[:8] @ remainder).abs().max() <= 1e-6
+    torch.testing.assert_close(coefficients, (rows.T[:8] @ vector).double(), rtol=1e-6, atol=1e-2)
+
+
+def test_the_noise_does_not_cancel_the_start():
+    for seed in range(40):
+        result = lanczos(lambda v: 3 * v, 1, start=torch.ones(1), start_noise=1.0, seed=seed)
+        torch.testing.assert_close(result.eigenvalues, torch.tensor([3.0]))

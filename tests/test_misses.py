@@ -90,7 +90,7 @@ def test_many_copies_of_one_eigenvalue_to_a_small_residual():
         lambda v: spectrum * v, len(spectrum), k=5, tol=1e-10, max_basis=60, max_products=600, dtype=torch.float64
     )
     assert result.converged
-    assert result.num_products <= 75  # 91 if what was left is not taken up again
+    assert result.num_products <= 75  # many more, or never, if what was left is not taken up again
     torch.testing.assert_close(result.eigenvalues, torch.full((5,), 9.0).double(), rtol=1e-12, atol=0)
     y = result.eigenvectors
     true_residuals = torch.linalg.vector_norm(y * spectrum - result.eigenvalues[:, None] * y, dim=1)

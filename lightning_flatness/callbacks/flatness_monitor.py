@@ -80,7 +80,7 @@ class FlatnessMonitor(LandscapeMonitor):
             ``"loss"``. Default: the module's ``training_step``, whose logging is muted.
         mode: Measure the module in ``"eval"`` or in ``"train"`` mode.
         tol: Relative Ritz residual at which the default metrics stop. The eigenvalue's own error is of the order of its
-            square: by default less than 0.1 % in the median and 1 % at worst (``examples/warm_start.py``); that of 512
+            square: by default less than 0.1 % in the median and 2 % at worst (``examples/warm_start.py``); that of 512
             samples for the whole training set is 3 to 18 % in the median (``examples/probe_size.py``).
         log_key_prefix: Put before every name.
         engine: How Hessian-vector products are made, ``"auto"`` by default; see :class:`LossLandscape`.

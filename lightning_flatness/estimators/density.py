@@ -136,7 +136,7 @@ def tridiagonalize(matvec: Callable[[Tensor], Tensor], start: Tensor, num_steps:
     Every vector is orthogonalised against all before it, without which copies of eigenvalues would show up.
 
     Args:
-        matvec: Product of the operator with a vector.
+        matvec: Product of the operator with a vector; what it returns is overwritten.
         start: The vector, of any length but zero.
         num_steps: Products; fewer if the Krylov space is smaller.
 

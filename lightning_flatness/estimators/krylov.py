@@ -100,7 +100,8 @@ class KrylovSolver:
         while True:
             norm = self._expand()
             values, coefficients, residuals = self._ritz_pairs(norm)
-            is_last = len(self.basis) == self.size or (self.num_products >= max_products and len(values) >= self.k)
+            is_exhausted = self.num_products >= max_products and len(values) >= self.k
+            is_last = is_exhausted or len(self.basis) == self.size
             if found is not None and self._is_better(values, found):
                 found = None  # there was more: go on as if nothing had been found
             if found is None and self._are_converged(values, residuals):
@@ -112,7 +113,7 @@ class KrylovSolver:
                 continue
             if found is not None and (is_last or self._is_rest_settled(found, norm)):
                 return self._result(values, coefficients, residuals, converged=True)
-            if self.num_products >= max_products and len(values) >= self.k:
+            if is_exhausted:
                 return self._result(values, coefficients, residuals, converged=False)
             if found is None:
                 norm = self._come_back(coefficients, norm)
@@ -176,7 +177,7 @@ class KrylovSolver:
         last = _wantedness(found[-1], self.which)
         slack = float(_SIZE_OF_A_MISS * last.abs())
         limit = float(last + self._tolerances(found, last)) + slack
-        return self.look.is_enough(rests, self.look.direction[rows], norm, limit, slack, self.size)
+        return self.look.is_enough(rests, norm, limit, slack, self.size)
 
     def _is_negligible(self, norm: float) -> bool:
         n = len(self.basis)

@@ -34,10 +34,11 @@ def lanczos(
 
     A residual belongs to *an* eigenvalue; that it is the most wanted one rests on the random part of the start. Where
     several pairs are wanted, products with another random vector look for more, copies of multiple eigenvalues among
-    them, until one that is 10 % more wanted than the last pair would be missed in one of ten runs at most.
+    them, until one that is 10 % more wanted than the last pair would be missed in one of ten runs at most, or
+    ``max_products`` are spent.
 
     Args:
-        matvec: Product of the operator with a vector of shape (size,).
+        matvec: Product of the operator with a vector of shape (size,); what it returns is overwritten.
         size: Dimension.
         k: Number of pairs.
         which: ``"LA"``: largest; ``"SA"``: smallest (most negative); ``"LM"``: of largest modulus.

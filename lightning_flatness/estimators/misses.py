@@ -44,21 +44,19 @@ class Look:
         """Whether another look would add to this one."""
         return self.chance <= _CHANCE_THAT_TELLS
 
-    def is_enough(
-        self, rests: list[Tensor], direction: Tensor, remainder_norm: float, limit: float, slack: float, size: int
-    ) -> bool:
+    def is_enough(self, rests: list[Tensor], remainder_norm: float, limit: float, slack: float, size: int) -> bool:
         """Return whether an eigenvalue beyond a limit would have been seen, all but certainly.
 
         Where restarts have lost what the direction had in it: whether the largest Ritz value is known, and smaller.
 
         Args:
             rests: The projection onto the space of this look, once or with both signs.
-            direction: The random direction in that space.
             remainder_norm: The norm of what sticks out of the space.
             limit: What an eigenvalue has to exceed to matter.
             slack: How exactly the largest Ritz value has to be known.
             size: Dimension.
         """
+        direction = self.direction[self.first : self.first + len(rests[0])]
         hidden = max(largest_hidden_component(rest, direction, remainder_norm, limit) for rest in rests)
         self.chance = min(self.chance, chance_of_less(hidden, size))
         if self.chance_before * self.chance <= _CHANCE_OF_A_MISS:

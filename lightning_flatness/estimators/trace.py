@@ -69,7 +69,7 @@ def stochastic_trace(
     """Return the trace of a symmetric operator, exactly if ``num_products`` suffices for all its coordinates.
 
     Args:
-        matvec: Product of the operator with a vector of shape (size,).
+        matvec: Product of the operator with a vector of shape (size,); what it returns is overwritten.
         size: Dimension.
         method: ``"hutch++"`` or ``"hutchinson"``. Hutch++ keeps a quarter of ``num_products`` vectors in memory.
         num_products: Products to spend.
