@@ -78,7 +78,7 @@ def convolutional_layers(dropout: float = 0.0, batch_norm: bool = False) -> nn.S
 
 
 class Classifier(pl.LightningModule):
-    """What classifiers have in common; a subclass says which network ``net`` is and how it is trained."""
+    """Base of classifiers: a subclass sets ``net`` and configures the optimizer."""
 
     net: nn.Module
 
@@ -87,7 +87,8 @@ class Classifier(pl.LightningModule):
         self.accuracy = MulticlassAccuracy(10, average="micro")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        logits: Tensor = self.net(x)
+        return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -112,4 +113,4 @@ class ConvNet(Classifier):
         self.net = convolutional_layers()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=self.hparams.momentum)
+        return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=self.hparams["momentum"])

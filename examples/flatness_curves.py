@@ -13,12 +13,12 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from digits import ConvNet, DigitsDataModule
 from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from style import COLOURS, new_figure, save, tidy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_flatness import FlatnessMonitor
@@ -53,8 +53,8 @@ def read_curves(log_dir: Path) -> dict[str, Curve]:
 def print_table(curves: dict[str, Curve]) -> None:
     """Print one line per measurement."""
     flatness = ("flatness/lambda_max", "flatness/invariant_sharpness", "flatness/edge_of_stability")
-    columns = {tag: dict(curves[tag]) for tag in (*flatness, "flatness/gradient_evaluations", "flatness/seconds")}
-    errors = {tag: dict(curves[f"{tag}_residual"]) for tag in flatness[:2]}
+    columns = {tag: dict(curves[tag]) for tag in (*flatness, "flatness_cost/seconds")}
+    errors = {tag: dict(curves[standard_error(tag)]) for tag in flatness[:2]}
     accuracy = sorted(curves["test_accuracy"])
     print(f"{'step':>6} {'lambda_max':>19} {'invariant sharpness':>22} {'eta·lambda/2':>13} {'accuracy':>9} {'s':>6}")
     for step in columns[flatness[0]]:
@@ -63,33 +63,46 @@ def print_table(curves: dict[str, Curve]) -> None:
             f"{step:>6} {columns[flatness[0]][step]:>10.3f} ± {errors[flatness[0]][step]:<6.1g} "
             f"{columns[flatness[1]][step]:>13.2f} ± {errors[flatness[1]][step]:<6.1g} "
             f"{columns[flatness[2]][step]:>13.3f} {reached[-1] if reached else float('nan'):>9.3f} "
-            f"{columns['flatness/seconds'][step]:>6.2f}"
+            f"{columns['flatness_cost/seconds'][step]:>6.2f}"
         )
 
 
+def standard_error(tag: str) -> str:
+    """Return the name of the curve of the standard errors of a curve."""
+    return f"flatness_errors/{tag.removeprefix('flatness/')}_standard_error"
+
+
+def draw_band(ax: Any, curves: dict[str, Curve], tag: str, color: str) -> None:
+    """Draw the values plus and minus their standard errors for the whole training set."""
+    errors = dict(curves[standard_error(tag)])
+    points = [(step, value - errors[step], value + errors[step]) for step, value in curves[tag]]
+    ax.fill_between(*zip(*points, strict=True), color=color, alpha=0.18, lw=0)
+
+
 def draw(curves: dict[str, Curve], path: Path) -> None:
-    """Draw the eigenvalues, the invariant sharpness and the accuracy over the steps."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Draw the eigenvalues, the invariant sharpness and the losses over the steps."""
+    figure, color = new_figure(11, 3.6), COLOURS["SGD"]
     axes = figure.subplots(1, 3)
-    eigenvalues = sorted(t for t in curves if t.startswith("flatness/lambda_") and not t.endswith("_residual"))
+    eigenvalues = sorted(tag for tag in curves if tag.startswith("flatness/lambda_"))
     eigenvalues.insert(0, eigenvalues.pop())  # lambda_max before lambda_2
     for i, tag in enumerate(eigenvalues):
         steps, values = zip(*curves[tag], strict=True)
-        axes[0].plot(steps, values, marker="o", ms=3, color="C0", alpha=1 - 0.8 * i / len(eigenvalues), label=tag[9:])
+        axes[0].plot(steps, values, marker="o", ms=3, color=color, alpha=1 - 0.8 * i / len(eigenvalues), label=tag[9:])
+    draw_band(axes[0], curves, eigenvalues[0], color)
     axes[0].set(title="Largest Hessian eigenvalues", xlabel="optimizer step", yscale="log")
-    axes[0].legend(fontsize=7, loc="lower center")
     steps, values = zip(*curves["flatness/invariant_sharpness"], strict=True)
-    axes[1].plot(steps, values, marker="o", ms=3, color="C1")
+    axes[1].plot(steps, values, marker="o", ms=3, color=color)
+    draw_band(axes[1], curves, "flatness/invariant_sharpness", color)
     axes[1].set(title="Invariant sharpness", xlabel="optimizer step", yscale="log")
-    for tag, color in (("train_loss", "C2"), ("test_loss", "C3")):
+    for tag, line in (("train_loss", "-"), ("test_loss", "--")):
         steps, values = zip(*curves[tag], strict=True)
-        axes[2].plot([s + 1 for s in steps], values, marker="o", ms=3, color=color, label=tag.replace("_", " "))
+        axes[2].plot([s + 1 for s in steps], values, line, marker="o", ms=3, color=color, label=tag.replace("_", " "))
     axes[2].set(title="Loss", xlabel="optimizer step", yscale="log")
-    axes[2].legend(fontsize=7)
     for ax in axes:
-        ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+        tidy(ax)
+    handles = [line for ax in axes for line in ax.get_lines() if not line.get_label().startswith("_")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+    save(figure, path)
 
 
 def main() -> None:
@@ -111,7 +124,7 @@ def main() -> None:
     print_table(curves)
     draw(curves, log_dir / "flatness_curves.png")
     print(f"\nTook {time.perf_counter() - start:.0f} s. Curves: {log_dir / 'flatness_curves.png'}")
-    print(f"Open them in TensorBoard:  tensorboard --logdir {args.out}")
+    print(f"Open them in TensorBoard:  {Path(sys.executable).parent / 'tensorboard'} --logdir {args.out}")
 
 
 if __name__ == "__main__":

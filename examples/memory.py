@@ -1,4 +1,4 @@
-"""Memory counted, not sampled: the bytes of all storages that operators made and that are still alive."""
+"""Counts memory instead of sampling it: the bytes of all live storages that operators made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class CountedMemory(TorchDispatchMode):
     """Counts the bytes of storages made inside the block: ``current`` ones and their ``peak``."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.current = self.peak = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 

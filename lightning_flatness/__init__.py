@@ -1,17 +1,38 @@
-"""Loss-landscape flatness for PyTorch Lightning: what it is, how it moves, and training that seeks it."""
+"""Flatness of the loss landscape for PyTorch Lightning: measured, logged and trained for."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_flatness.callbacks import FlatnessMonitor, LossSurfaceMonitor, SharpnessAwareMinimization
+    from lightning_flatness.callbacks import (
+        FlatnessMonitor,
+        LossSurfaceMonitor,
+        SharpnessAwareMinimization,
+        draw_probe,
+    )
     from lightning_flatness.compare import Comparison, compare_runs
-    from lightning_flatness.gauss_newton import OutputLoss
-    from lightning_flatness.geometry import OptimizerGeometry, PathGeometry
-    from lightning_flatness.landscape import LossLandscape
+    from lightning_flatness.estimators import stability_edge
+    from lightning_flatness.geometry import (
+        AttentionGeometry,
+        OptimizerGeometry,
+        Pair,
+        Part,
+        PathGeometry,
+        PathNormGeometry,
+    )
+    from lightning_flatness.landscape import LossLandscape, OutputLoss
+    from lightning_flatness.measuring import (
+        FlatnessReport,
+        FlatnessTracker,
+        MeasuredCheckpoints,
+        measure,
+        measure_checkpoints,
+    )
     from lightning_flatness.metrics import (
         AverageCaseSharpness,
         BasisPathBalance,
+        BatchSharpness,
+        FisherTrace,
         GradientNoise,
         HessianTrace,
         InvariantSharpness,
@@ -24,28 +45,36 @@ if TYPE_CHECKING:
         WorstCaseSharpness,
     )
     from lightning_flatness.sam import SAM
-    from lightning_flatness.stability import stability_edge
     from lightning_flatness.surface import LossSurface, compare_surfaces, loss_surface
 
 __version__ = "0.1.0"
 __all__ = [
     "SAM",
+    "AttentionGeometry",
     "AverageCaseSharpness",
     "BasisPathBalance",
+    "BatchSharpness",
     "Comparison",
+    "FisherTrace",
     "FlatnessMonitor",
+    "FlatnessReport",
+    "FlatnessTracker",
     "GradientNoise",
     "HessianTrace",
     "InvariantSharpness",
     "LossLandscape",
     "LossSurface",
     "LossSurfaceMonitor",
+    "MeasuredCheckpoints",
     "MinimumSharpness",
     "NoiseCurvatureRatio",
     "OptimizerGeometry",
     "OutputLoss",
     "PSISharpness",
+    "Pair",
+    "Part",
     "PathGeometry",
+    "PathNormGeometry",
     "RelativeFlatness",
     "SharpnessAwareMinimization",
     "SpectralDensity",
@@ -53,18 +82,21 @@ __all__ = [
     "WorstCaseSharpness",
     "compare_runs",
     "compare_surfaces",
+    "draw_probe",
     "loss_surface",
+    "measure",
+    "measure_checkpoints",
     "stability_edge",
 ]
 
 _HOMES = {
-    "callbacks": ("FlatnessMonitor", "LossSurfaceMonitor", "SharpnessAwareMinimization"),
+    "callbacks": ("FlatnessMonitor", "LossSurfaceMonitor", "SharpnessAwareMinimization", "draw_probe"),
     "compare": ("Comparison", "compare_runs"),
-    "gauss_newton": ("OutputLoss",),
-    "geometry": ("OptimizerGeometry", "PathGeometry"),
-    "landscape": ("LossLandscape",),
+    "estimators": ("stability_edge",),
+    "geometry": ("AttentionGeometry", "OptimizerGeometry", "Pair", "Part", "PathGeometry", "PathNormGeometry"),
+    "landscape": ("LossLandscape", "OutputLoss"),
+    "measuring": ("FlatnessReport", "FlatnessTracker", "MeasuredCheckpoints", "measure", "measure_checkpoints"),
     "sam": ("SAM",),
-    "stability": ("stability_edge",),
     "surface": ("LossSurface", "compare_surfaces", "loss_surface"),
 }
 """Where to find each public name; the others are metrics."""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 torch.set_num_threads(1)
+
+collect_ignore = ["helpers", *([] if "FLATNESS_DEVICE" in os.environ else ["callbacks/accelerator_cases.py"])]
+"""Not test modules: pytest would import them, scripts among them, to look for doctests."""

@@ -1,9 +1,9 @@
-"""LightningCLI needs nothing of this package: YAML files add the monitor and SAM to the Trainer.
+"""LightningCLI without an import of this package: YAML files add the monitor and SAM to the Trainer.
 
     cd examples/cli
-    python main.py fit -c sgd.yaml -c flatness.yaml
-    python main.py fit -c sam.yaml -c flatness.yaml
-    lightning-flatness compare logs --at loss=0.05
+    ../../.venv/bin/python main.py fit -c sgd.yaml -c flatness.yaml
+    ../../.venv/bin/python main.py fit -c sam.yaml -c flatness.yaml
+    ../../.venv/bin/lightning-flatness compare logs --at loss=0.05
 
 Other seeds: ``--seed_everything 1``. Other values: ``--model.lr 0.01``.
 """

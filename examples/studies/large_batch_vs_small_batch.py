@@ -10,7 +10,7 @@ are less accurate, too, and the setting (networks without biases, Adam with lear
 Two networks without biases (five hidden layers of 512 units, and LeNet) are trained from the same initial weights with
 small batches and with all training samples as one batch, and compared in four ways:
 
-- equal train loss: both as soon as they reach it, since curvature shrinks with the loss;
+- equal train loss: both as soon as they reach it, since late in training curvature shrinks with the loss;
 - equal train loss, scaled lr: the same, with the learning rate of the full batch scaled by the square root of the ratio
   of the batch sizes, as is usual for Adam; in the other three it is the same for both;
 - equal steps: after the same number of optimizer steps, for which full batches see many more samples;
@@ -29,6 +29,7 @@ from report import (
     VERDICT_HEADER,
     dots,
     figure,
+    log_axis,
     markdown_table,
     mean,
     shortfalls,
@@ -38,6 +39,7 @@ from report import (
     write_csv,
 )
 from study import QUICK_DATA, Row, finish, parse_arguments, provenance, runs_of
+from style import COLOURS, save, tidy
 from training import Recipe
 from verdicts import Claim, difference, ratio
 
@@ -178,19 +180,25 @@ def draw(rows: list[Row], comparisons: list[Comparison], path: Path, title: str)
     made, axes = figure(len(NETWORKS), len(panels), width=4.0)
     for axes_row, (network, name) in zip(axes, NETWORKS.items(), strict=True):
         for ax, (column, label, log) in zip(axes_row, panels, strict=True):
-            for color, shift, kind in (("C0", -0.15, "small batch"), ("C3", 0.15, "full batch")):
+            for color, shift, kind in (
+                (COLOURS["small batch"], -0.15, "small batch"),
+                (COLOURS["large batch"], 0.15, "full batch"),
+            ):
                 groups = [values(rows, f"{network}, {s}", point, column).values() for s, point in places[kind]]
                 dots(ax, [i + shift for i in range(len(groups))], groups, color=color, label=kind, line="none", log=log)
             names = [c.name.replace(", ", ",\n").replace(" ", "\n", 1) for c in comparisons]
             ax.set_xticks(range(len(comparisons)), names)
             ax.set_xlim(-0.5, len(comparisons) - 0.5)
             ax.tick_params(axis="x", labelsize=8)
-            ax.set_yscale("log" if log else "linear")
+            if log:
+                ax.set_yscale("log")
+                log_axis(ax.yaxis)
             ax.set_title(f"{name}: {label}", fontsize=10)
-            ax.grid(axis="y", alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+            tidy(ax)
+            ax.grid(axis="x", visible=False)
+    made.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     made.suptitle(title, fontsize=11)
-    made.savefig(path, dpi=110)
+    save(made, path)
 
 
 def main() -> None:

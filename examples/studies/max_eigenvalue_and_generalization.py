@@ -14,9 +14,9 @@ On the Maximum Hessian Eigenvalue and Generalization (arXiv 2206.10654) says, in
 
 The paper has larger networks on CIFAR-10 (from memory); here it is a small convolutional network on MNIST, trained
 with momentum. All networks are measured at the same training loss (in evaluation mode: no dropout, running statistics
-of BatchNorm), since lambda_max shrinks with the loss. Effects are over seeds, paired by the initial weights. What
-counts as the same is fixed in advance: test accuracies within one percent point, and lambda_max within a factor of
-1.25.
+of BatchNorm), since late in training lambda_max shrinks with the loss. Effects are over seeds, paired by the initial
+weights. What counts as the same is fixed in advance: test accuracies within one percent point, and lambda_max within a
+factor of 1.25.
 """
 
 from __future__ import annotations
@@ -24,8 +24,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from report import VERDICT_HEADER, dots, figure, markdown_table, shortfalls, tally, values, verdict_line, write_csv
+from report import (
+    VERDICT_HEADER,
+    dots,
+    figure,
+    log_axis,
+    markdown_table,
+    shortfalls,
+    tally,
+    values,
+    verdict_line,
+    write_csv,
+)
 from study import QUICK_DATA, Row, finish, parse_arguments, provenance, runs_of
+from style import COLOURS, save, tidy
 from training import Recipe
 from verdicts import Claim, all_of, difference, judge, not_all_of, ratio
 
@@ -228,6 +240,13 @@ class Findings:
             "5_batch_norm": ("learning rate", lr_ticks, by_lr | normalized),
         }
 
+    def look(self, line: str) -> dict[str, str]:
+        """Return the colour of a line by its method or size of batches; dashes mark BatchNorm."""
+        sizes = dict(zip(("small batch", "large batch"), self.grid.batch_sizes, strict=True))
+        by_size = [COLOURS[name] for name, size in sizes.items() if line.split(",")[0] == f"batch {size}"]
+        method = COLOURS["SAM" if line.startswith("SAM") else "SGD"]
+        return {"color": [*by_size, method][0], "line": "--" if "BatchNorm" in line else "-"}
+
     def draw(self, folder: Path, title: str) -> None:
         """Draw one figure per finding: lambda_max and test accuracy."""
         for stem, (axis, ticks, lines) in self.curves().items():
@@ -237,19 +256,25 @@ class Findings:
             ):
                 log = label == "lambda_max"
                 for i, (name, settings) in enumerate(lines.items()):
+                    look = self.look(name)
                     groups = [read(setting).values() for setting in settings]
                     shift = 0.06 * (i - (len(lines) - 1) / 2)  # so that the dots of lines do not cover each other
-                    dots(ax, [x + shift for x in range(len(ticks))], groups, color=f"C{i}", label=name, log=log)
+                    dots(ax, [x + shift for x in range(len(ticks))], groups, label=name, log=log, **look)
                 ax.set_xticks(range(len(ticks)), ticks)
                 ax.set_xlim(-0.5, len(ticks) - 0.5)
-                ax.set(xlabel=axis, yscale="log" if log else "linear")
+                ax.set(xlabel=axis)
+                if log:
+                    ax.set_yscale("log")
+                    log_axis(ax.yaxis)
                 ax.set_title(label, fontsize=10)
-                ax.grid(alpha=0.3)
+                tidy(ax)
             if len(lines) > 1:
-                made.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+                handles, labels = axes[0][0].get_legend_handles_labels()
+                options = {"ncols": 4, "fontsize": 8, "frameon": False, "handlelength": 3}
+                made.legend(handles, labels, loc="outside lower center", **options)
             loss = {self.points[setting].removeprefix("loss=") for settings in lines.values() for setting in settings}
             made.suptitle(f"{title}, at training loss {loss.pop()}\ndots are seeds, lines their means", fontsize=9)
-            made.savefig(folder / f"{NAME}_{stem}.png", dpi=110)
+            save(made, folder / f"{NAME}_{stem}.png")
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from report import VERDICT_HEADER, figure, markdown_table, shortfalls, tally, verdict_line, write_csv
 from study import QUICK_DATA, Row, finish, parse_arguments, provenance, runs_of
+from style import COLOURS, save, tidy
 from training import Recipe
 from verdicts import Claim, Effect, clustered_bootstrap, kendall
 
@@ -117,15 +118,16 @@ def draw(models: list[Row], path: Path, title: str) -> None:
     made, axes = figure(len(GAPS), len(MEASURES), width=3.0, height=2.9)
     kinds = dict.fromkeys(model["setting"].rsplit(", ", 1)[0] for model in models)
     batches = sorted({kind.split("batch ")[1] for kind in kinds}, key=int)
+    sizes = ("small", "medium", "large") if len(batches) == 3 else ("small", "large")
     optimizers = list(dict.fromkeys(kind.split(", batch")[0] for kind in kinds))
     for axes_row, (gap, label) in zip(axes, GAPS.items(), strict=True):
         for ax, (measure, name) in zip(axes_row, MEASURES.items(), strict=True):
             for kind in kinds:
                 chosen = [model for model in models if model["setting"].startswith(f"{kind},")]
                 optimizer, batch = kind.split(", batch ")
-                style = {"color": f"C{batches.index(batch)}", "marker": "os^"[optimizers.index(optimizer)]}
                 x, y = column(chosen, measure), column(chosen, gap)
-                ax.scatter(x, y, s=18, alpha=0.7, linewidths=0, label=kind, **style)
+                marker, color = "os^"[optimizers.index(optimizer)], COLOURS[f"{sizes[batches.index(batch)]} batch"]
+                ax.scatter(x, y, s=18, alpha=0.7, linewidths=0, label=kind, marker=marker, color=color)
             tau = correlation(models, measure, gap)
             ax.set_title(f"tau {tau.estimate:+.2f} ({tau.low:+.2f} … {tau.high:+.2f})", fontsize=9)
             ax.set_xscale("linear" if measure.startswith("log10") else "log")
@@ -133,12 +135,12 @@ def draw(models: list[Row], path: Path, title: str) -> None:
                 ax.set_xticks([0.05, 0.1, 0.2, 0.4, 0.8], ["0.05", "0.1", "0.2", "0.4", "0.8"], minor=False)
                 ax.minorticks_off()
             ax.set_xlabel(f"log10 {name}" if measure.startswith("log10") else name, fontsize=9)
-            ax.grid(alpha=0.3)
+            tidy(ax)
         axes_row[0].set_ylabel(label, fontsize=9)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside lower center", ncols=len(optimizers), fontsize=8)
+    made.legend(handles, labels, loc="outside lower center", ncols=len(optimizers), fontsize=8, frameon=False)
     made.suptitle(title, fontsize=11)
-    made.savefig(path, dpi=110)
+    save(made, path)
 
 
 def main() -> None:

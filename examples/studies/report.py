@@ -1,19 +1,23 @@
-"""How studies show what came out: a CSV of all runs, tables of verdicts in markdown, and dots for seeds."""
+"""Results of studies: a CSV of all runs, tables of verdicts in Markdown, and pictures with a dot per seed."""
 
 from __future__ import annotations
 
 import csv
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from study import Row
 from verdicts import Claim, Effect, Verdict, judge
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # shared helpers
+from style import new_figure
 
 VERDICT_HEADER = ("claim", "where", "effect", "95 % interval", "pairs", "verdict")
 
@@ -91,8 +95,7 @@ def shortfalls(rows: Sequence[Row]) -> str:
 
 def figure(num_rows: int, num_columns: int, width: float = 3.6, height: float = 3.0) -> tuple[Figure, Any]:
     """Return a figure and its axes, an array of two dimensions."""
-    made = Figure(figsize=(width * num_columns, height * num_rows), layout="constrained")
-    FigureCanvasAgg(made)
+    made = new_figure(width * num_columns, height * num_rows)
     return made, made.subplots(num_rows, num_columns, squeeze=False)
 
 
@@ -113,6 +116,13 @@ def dots(
         ax.plot([position] * len(group), group, "o", color=color, ms=4, alpha=0.45, mew=0)
         means.append(mean(group, log))
     ax.plot(x, means, ls=line, color=color, marker="_", ms=11, mew=2, lw=1.5, label=label)
+
+
+def log_axis(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers, also where it spans less than a decade."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def mean(group: Sequence[float], log: bool) -> float:

@@ -1,7 +1,7 @@
-"""What every study shares: runs that are finished once and for all, a progress bar, and the command line.
+"""Shared by the studies: runs that survive a kill, a progress bar, and the command line.
 
 A study is a list of runs, independent of each other. A finished run is one file, which appears all at once, so that a
-study that was killed goes on where it stopped; and since a run's outcome depends on its recipe and seed alone, the
+study that was killed resumes where it stopped; and since a run's outcome depends on its recipe and seed alone, the
 table in the end is the same.
 """
 
@@ -50,7 +50,9 @@ class Run:
     @property
     def description(self) -> dict[str, Any]:
         """Everything the outcome depends on, as JSON has it."""
-        return json.loads(json.dumps({"setting": self.setting, "seed": self.seed, "recipe": asdict(self.recipe)}))
+        described = {"setting": self.setting, "seed": self.seed, "recipe": asdict(self.recipe)}
+        as_json: dict[str, Any] = json.loads(json.dumps(described))
+        return as_json
 
     @property
     def stem(self) -> str:
@@ -83,16 +85,21 @@ def finish(runs: list[Run], out: Path, workers: int, train: Callable[..., list[R
         for run in _done(missing, out, workers, train):
             bar.set_postfix_str(run.stem, refresh=False)
             bar.update()
-    return [row for run in runs for row in finished(run, out)["rows"]]
+    return [row for run in runs for row in _outcome(run, out)["rows"]]
 
 
 def finished(run: Run, out: Path) -> dict[str, Any] | None:
     """Return what is known of a finished run; None if it is not finished, or was done by another recipe."""
     try:
-        outcome = json.loads((out / "runs" / f"{run.stem}.json").read_text())
+        outcome = _outcome(run, out)
     except FileNotFoundError:
         return None
     return outcome if outcome["run"] == run.description else None
+
+
+def _outcome(run: Run, out: Path) -> dict[str, Any]:
+    outcome: dict[str, Any] = json.loads((out / "runs" / f"{run.stem}.json").read_text())
+    return outcome
 
 
 def _done(runs: list[Run], out: Path, workers: int, train: Callable[..., list[Row]]) -> Iterator[Run]:

@@ -156,11 +156,11 @@ class PointsMonitor(FlatnessMonitor):
         if not self.pending:
             trainer.should_stop = True
 
-    def _steps_to_next_look(self, above: float, num_batches: int) -> int:
+    def _steps_to_next_look(self, above: float, num_batches: float) -> int:
         """Look after every step when the target is near, so that all runs are measured at nearly the same loss."""
         if above <= 1.5:
             return 1
-        return max(1, num_batches // (4 if above <= 4 else 1))
+        return max(1, int(num_batches) // (4 if above <= 4 else 1))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say which points were not reached."""

@@ -1,54 +1,66 @@
-"""What measures the loss landscape during a run has in common: when, on which samples, and under which Trainer."""
+"""Base class of the monitors: when to measure, on which samples, and under which Trainer."""
 
 from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.optim import Optimizer
 
-from lightning_flatness.batches import copy_batch
-from lightning_flatness.engines import EngineName
-from lightning_flatness.isolation import Mode, isolated
-from lightning_flatness.landscape import LossLandscape, check_options
-from lightning_flatness.loss import LossFunction
-from lightning_flatness.probe import SeenBatches, can_index, draw_probe
+from lightning_flatness.callbacks.failures import Attempt, OnError, survived
+from lightning_flatness.callbacks.loggers.hyperparameters import callbacks
+from lightning_flatness.callbacks.probe import SeenBatches, can_index, draw_probe
+from lightning_flatness.callbacks.progress import Progress
+from lightning_flatness.callbacks.strategies import why_unsupported
+from lightning_flatness.callbacks.transfer import overrides, transferred
+from lightning_flatness.landscape import LossLandscape
+from lightning_flatness.landscape.options import EngineName, check_options
+from lightning_flatness.module.loss import LossFunction
+from lightning_flatness.module.modes import Mode, uses_batch_statistics
 
-_UNSUPPORTED_STRATEGIES = {
-    "FSDPStrategy": "which keeps slices of flattened weights (FSDP1)",
-    "DeepSpeedStrategy": "which partitions weights or optimizer states itself",
-    "XLAStrategy": "whose ranks are no process group of torch.distributed",
-    "XLAFSDPStrategy": "which keeps slices of flattened weights, on XLA devices",
-}
-"""By name: the classes of `lightning` and of `pytorch_lightning` are different ones."""
-_FIRST_MESSAGE_AFTER = 10.0
+
+@dataclass
+class MonitoredRun:
+    """The state of the present run. ``setup`` makes a new one, so that a second ``fit`` starts as new.
+
+    Attributes:
+        engine: The engine of Hessian-vector products.
+        probe: The samples, once they are drawn.
+        seen: Collects samples where they cannot be drawn.
+        last_step: The ``global_step`` of the latest measurement.
+        warned: Names that a warning was given for.
+        seconds: All the time that was spent on measurements.
+    """
+
+    engine: EngineName
+    probe: list[Any] | None = None
+    seen: SeenBatches | None = None
+    last_step: int | None = None
+    warned: set[str] = field(default_factory=set)
+    seconds: float = 0.0
 
 
 class LandscapeMonitor(Callback):
     """Measures before training, at the end of epochs and after steps, always on the same samples.
 
-    A subclass says what in :meth:`measure_and_log`.
+    A subclass says what in :meth:`measure_and_log`. Arguments and errors as of :class:`FlatnessMonitor`.
 
-    Args:
-        every_n_epochs: Measure at the end of every n-th training epoch; None for never.
-        every_n_steps: Measure after every n-th optimizer step, too; None for never.
-        probe_size: Number of samples to measure on, over all ranks.
-        probe_batch_size: Samples per forward pass. Default: the loader's batch size, 128 at most.
-        split: Draw the samples from the ``"train"`` or the ``"val"`` dataloader (the first, of several).
-        loss_fn: ``loss_fn(module, batch)`` returns the mean loss of a batch. Default: the module's ``training_step``.
-        mode: Measure the module in ``"eval"`` or in ``"train"`` mode.
-        log_key_prefix: Put before every name.
-        engine: See :class:`LossLandscape`.
-        seed: Seed of the choice of samples and of all random numbers of a measurement.
-
-    Raises:
-        ValueError: If an argument is out of range.
-        MisconfigurationException: In ``setup``, if the Trainer or module cannot be measured.
+    The samples are drawn once, before training, in a forked child process: no generator, cache or counter of the
+    dataset, its samplers and ``collate_fn`` moves. Copies of the module and the DataModule run the hooks of the batch
+    transfer. Without a fork (Windows, macOS, daemonic processes) or when the child fails (a warning says why), the
+    samples are drawn in the training process. Data without a length is not drawn: the first samples that training sees
+    are kept. What processes share (shared memory, files that the pipeline writes) is not protected. With
+    ``split="val"`` and ``num_sanity_val_steps=0``, Lightning may load the validation data after training has started;
+    measurements then start with the first validation.
     """
 
     def __init__(
@@ -62,6 +74,7 @@ class LandscapeMonitor(Callback):
         mode: Mode,
         log_key_prefix: str,
         engine: EngineName,
+        on_error: OnError,
         seed: int,
     ) -> None:
         _check_positive("probe_size", probe_size)
@@ -73,6 +86,8 @@ class LandscapeMonitor(Callback):
         if split not in ("train", "val"):
             raise ValueError(f"Expected `split` to be 'train' or 'val', got {split!r}.")
         check_options(mode, engine)
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"Expected `on_error` to be 'warn' or 'raise', got {on_error!r}.")
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.probe_size = probe_size
@@ -82,33 +97,40 @@ class LandscapeMonitor(Callback):
         self.mode: Mode = mode
         self.log_key_prefix = log_key_prefix
         self.engine: EngineName = engine
+        self.on_error: OnError = on_error
         self.seed = seed
-        self._probe: list[Any] | None = None
-        self._is_transferred = False
-        self._seen: SeenBatches | None = None
-        self._last_step: int | None = None
-        self._warned: set[str] = set()
+        self._has_said_when = False
+        self.run = self.new_run()
+
+    def new_run(self) -> MonitoredRun:
+        """Return what is known when a run starts."""
+        return MonitoredRun(self.engine)
 
     @abstractmethod
     def measure_and_log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
-        """Measure at the current weights and log.
-
-        Args:
-            trainer: The Trainer, with its loggers.
-            pl_module: The module.
-            on_step: Whether this is after a step rather than at the end of an epoch or before training.
-        """
+        """Measure at the current weights and log; ``on_step``: after a step, not before training or an epoch's end."""
 
     def prepare(self, trainer: Trainer) -> None:
         """Do what has to be done once when training starts, before the first measurement."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that this module can be measured under this Trainer."""
-        if stage != "fit":
-            return
-        self._probe = self._seen = self._last_step = None
-        self._is_transferred = False
         name = type(self).__name__
+        if stage != "fit":
+            if stage in ("validate", "test") and not self._has_said_when:
+                self._has_said_when = True
+                rank_zero_info(f"{name} measures during `fit` only: `{TrainerFn(stage).value}` logs no flatness.")
+            return
+        self.run = self.new_run()
+        rivals = [
+            c for c in callbacks(trainer) if isinstance(c, type(self)) and c.log_key_prefix == self.log_key_prefix
+        ]
+        if len(rivals) > 1:
+            raise MisconfigurationException(
+                f"Expected one {name} for each `log_key_prefix`, got {len(rivals)} with {self.log_key_prefix!r}, whose "
+                "curves would have the same names. HINT: give one of them another prefix, e.g. "
+                "log_key_prefix='val_flatness/'; one monitor can have several metrics."
+            )
         if not pl_module.automatic_optimization and self.loss_fn is None:
             raise MisconfigurationException(
                 f"Expected `{name}(loss_fn=...)` for a module with manual optimization, whose `training_step` "
@@ -120,20 +142,24 @@ class LandscapeMonitor(Callback):
             rank_zero_info(f"{name} measures nothing under `Trainer(barebones=True)`, which disables logging.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the samples and measure once before training."""
+        """Draw the samples and measure once before training; at the first batch, if the module gets ready later."""
         if trainer.barebones:
             return
-        self._draw_probe(trainer)
-        self.prepare(trainer)
+        self._draw_probe(trainer, pl_module)
+        with self.survived("The start", trainer):
+            self.prepare(trainer)
         if trainer.global_step > 0:
-            self._last_step = trainer.global_step  # a resumed run: these weights have been measured before
-        elif self._probe is not None:
-            self._measure(trainer, pl_module, on_step=False)
+            self.run.last_step = trainer.global_step  # a resumed run: these weights have been measured before
+        elif self.run.probe is not None and not overrides(pl_module, "on_train_start", "on_train_epoch_start"):
+            self._measure_once(trainer, pl_module, on_step=False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Collect samples where they cannot be drawn."""
-        if self._seen is not None and self._probe is None:
-            self._seen.collect(batch)
+        """Collect samples where they cannot be drawn; measure, if the module was not ready before."""
+        if self.run.seen is not None and self.run.probe is None:
+            with self.survived("Keeping a batch to measure on", trainer, alone=True):
+                self.run.seen.collect(batch)
+        elif self.run.probe is not None and self.run.last_step is None:
+            self._measure_once(trainer, pl_module, on_step=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -149,64 +175,77 @@ class LandscapeMonitor(Callback):
             self._measure_once(trainer, pl_module, on_step=False)
 
     def _measure_once(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
-        if trainer.barebones or trainer.global_step == self._last_step:
+        if trainer.barebones or trainer.global_step == self.run.last_step:
             return
-        if self._seen is not None and (self._seen.is_complete or not on_step):
-            self._probe, self._seen, self._is_transferred = self._seen.batches, None, True
-        if self._probe is not None:
-            self._measure(trainer, pl_module, on_step=on_step)
+        if self.run.seen is not None and (self.run.seen.is_complete or not on_step):
+            self.run.probe, self.run.seen = self.run.seen.batches, None
+        elif self.run.probe is None and self.run.seen is None:
+            self._draw_probe(trainer, pl_module)  # the validation data was not loaded before
+        if self.run.probe is not None:
+            # The precision plugin's context is for the default dtype of 64-true; the landscape turns autocast off.
+            self.run.last_step, start = trainer.global_step, time.perf_counter()
+            with self.survived("A measurement", trainer), trainer.precision_plugin.train_step_context():
+                self.measure_and_log(trainer, pl_module, on_step=on_step)
+            self.run.seconds += time.perf_counter() - start
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
-        # The precision plugin's context is for the default dtype of 64-true; the landscape turns autocast off.
-        with trainer.precision_plugin.train_step_context():
-            self.measure_and_log(trainer, pl_module, on_step=on_step)
-        self._last_step = trainer.global_step
+    def seconds_of_others(self, trainer: Trainer) -> float:
+        """Return the time that the other monitors of this run have taken so far."""
+        others = (c for c in callbacks(trainer) if isinstance(c, LandscapeMonitor) and c is not self)
+        return sum(other.run.seconds for other in others)
 
-    def landscape(self, trainer: Trainer, pl_module: LightningModule) -> LossLandscape:
-        """Return the loss on the probe, ready to be measured.
+    def survived(self, what: str, trainer: Trainer, *, alone: bool = False) -> AbstractContextManager[Attempt]:
+        """Return a block whose exceptions become warnings, unless ``on_error="raise"``; see :func:`survived`."""
+        return survived(f"{type(self).__name__}: {what}", trainer, self.on_error, self.run.warned, alone=alone)
 
-        Args:
-            trainer: The Trainer.
-            pl_module: The module.
-
-        Returns:
-            The landscape; it reports a long measurement's progress.
-        """
-        assert self._probe is not None
-        batches = self._probe
-        if not self._is_transferred:
-            batches = _transferred(trainer, pl_module, batches, self.seed)
+    def landscape(
+        self, trainer: Trainer, pl_module: LightningModule, optimizers: Sequence[Optimizer] | None = None
+    ) -> LossLandscape:
+        """Return the loss on the probe, ready to be measured; it reports a long measurement's progress."""
+        assert self.run.probe is not None
         landscape = LossLandscape(
             pl_module,
-            batches,
+            self.run.probe,
             self.loss_fn,
             mode=self.mode,
-            engine=self.engine,
+            engine=self.run.engine,
             seed=self.seed,
-            optimizer=trainer.optimizers,
+            optimizer=trainer.optimizers if optimizers is None else optimizers,
         )
-        landscape.on_evaluation = _Progress(type(self).__name__, trainer, landscape)
+        landscape.on_evaluation = Progress(type(self).__name__, trainer, landscape)
         return landscape
 
-    def _draw_probe(self, trainer: Trainer) -> None:
+    def _draw_probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader = trainer.train_dataloader if self.split == "train" else _first_loader(trainer.val_dataloaders)
+        if loader is None and self.split == "val" and trainer.enable_validation:
+            if trainer.global_step == 0:
+                rank_zero_info(
+                    f"{type(self).__name__}: Lightning loads the validation data at the first validation; measuring "
+                    "from then on. HINT: num_sanity_val_steps > 0 loads it before training."
+                )
+            return
         if loader is None:
             raise MisconfigurationException(
                 f"Expected a {self.split} dataloader for {type(self).__name__}(split={self.split!r}), got none. HINT: "
                 f"define `{self.split}_dataloader`, do not limit its batches to 0, or choose the other split."
             )
         if can_index(loader):
-            self._probe = draw_probe(
-                loader,
-                self.probe_size,
-                batch_size=self.probe_batch_size,
-                max_batches=trainer.num_training_batches if self.split == "train" else float("inf"),
-                seed=self.seed,
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
-            )
+            with self.survived("Drawing the samples", trainer) as attempt:
+                batches = draw_probe(
+                    loader,
+                    self.probe_size,
+                    batch_size=self.probe_batch_size,
+                    uses_batch_statistics=uses_batch_statistics(pl_module, self.mode),
+                    max_batches=trainer.num_training_batches if self.split == "train" else float("inf"),
+                    seed=self.seed,
+                    rank=trainer.global_rank,
+                    world_size=trainer.world_size,
+                )
+                with trainer.precision_plugin.train_step_context():
+                    batches = transferred(trainer, pl_module, batches, self.seed)
+            self.run.probe = batches if attempt.succeeded else None
         elif self.split == "train":
-            self._seen = SeenBatches(-(-self.probe_size // trainer.world_size))
+            equal = uses_batch_statistics(pl_module, self.mode)
+            self.run.seen = SeenBatches(-(-self.probe_size // trainer.world_size), equal_batches=equal)
             rank_zero_info(
                 f"{type(self).__name__}: the training data has no length, or several loaders; measuring on the first "
                 f"{self.probe_size} samples that training sees, from the end of the first epoch on."
@@ -220,68 +259,22 @@ class LandscapeMonitor(Callback):
 
 def _check_strategy(trainer: Trainer, monitor: str) -> None:
     kind = type(trainer.strategy)
-    reasons = [
-        _UNSUPPORTED_STRATEGIES[base.__name__] for base in kind.__mro__ if base.__name__ in _UNSUPPORTED_STRATEGIES
-    ]
-    if not reasons and trainer.world_size > 1 and not (dist.is_available() and dist.is_initialized()):
-        reasons = ["whose ranks are no process group of torch.distributed"]
-    if reasons:
+    reason = why_unsupported(trainer)
+    if reason is None and trainer.world_size > 1 and not (dist.is_available() and dist.is_initialized()):
+        reason = "whose ranks are no process group of torch.distributed"
+    if reason is not None:
         raise MisconfigurationException(
             f"Expected one device, or a strategy under which {monitor} can put the weights together on every rank "
-            f"(DDP; ModelParallelStrategy with FSDP2 or tensor parallelism), got {kind.__name__}, {reasons[0]}. HINT: "
+            f"(DDP; ModelParallelStrategy with FSDP2 or tensor parallelism), got {kind.__name__}, {reason}. HINT: "
             "use strategy='ddp', or ModelParallelStrategy with torch.distributed.fsdp.fully_shard, or measure "
             "checkpoints of this run with LossLandscape."
         )
-
-
-def _transferred(trainer: Trainer, pl_module: LightningModule, batches: list[Any], seed: int) -> list[Any]:
-    """Do to batches what the training loop does to them before the training step, the user's hooks included."""
-    datamodule = getattr(trainer, "datamodule", None)
-    source: Any = datamodule if _overrides(datamodule, "on_before_batch_transfer") else pl_module
-    transferred = []
-    with isolated(pl_module, "train", pl_module.device, seed) as isolation, torch.no_grad():
-        for index, batch in enumerate(batches):
-            with isolation.forward_pass(index):
-                batch = trainer.precision_plugin.convert_input(copy_batch(batch))
-                batch = source.on_before_batch_transfer(batch, 0)
-                transferred.append(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
-    return transferred
-
-
-def _overrides(instance: Any, hook: str) -> bool:
-    own = [c for c in type(instance).__mro__ if not c.__module__.startswith(("lightning.", "pytorch_lightning."))]
-    return any(hook in vars(c) for c in own)
 
 
 def _first_loader(loaders: Any) -> Any:
     if isinstance(loaders, list | tuple):
         return loaders[0] if loaders else None
     return loaders
-
-
-class _Progress:
-    """Says, after a while and ever more rarely, that a long measurement is under way."""
-
-    def __init__(self, name: str, trainer: Trainer, landscape: LossLandscape) -> None:
-        self._name = name
-        self._trainer = trainer
-        self._landscape = landscape
-        self._start = time.perf_counter()
-        self._next = _FIRST_MESSAGE_AFTER
-
-    def __call__(self) -> None:
-        elapsed = time.perf_counter() - self._start
-        if elapsed < self._next:
-            return
-        self._next = 2 * elapsed
-        if self._trainer.is_global_zero:
-            bar = self._trainer.progress_bar_callback
-            message = (
-                f"{self._name}: measuring for {elapsed:.0f} s, "
-                f"{self._landscape.cost.num_products} Hessian-vector products so far, engine "
-                f"'{self._landscape.engine}'."
-            )
-            (rank_zero_info if bar is None else bar.print)(message)
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Settings side by side: which curves, at which moments, mean and standard deviation over seeds."""
+"""Settings side by side: curves at moments, mean and standard deviation over seeds."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from lightning_flatness.compare.grouping import group_runs
 from lightning_flatness.compare.moments import Reading, parse_moment, read_at, step_of_loss
@@ -22,24 +24,18 @@ from lightning_flatness.compare.tags import (
     is_part_of_another,
     missing_curves,
 )
-
-TOLERANCE = 4e-2
-"""A residual above this share of its value is marked: the tolerance that FlatnessMonitor has by default."""
+from lightning_flatness.estimators import TOLERANCE
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One curve of one setting at one moment.
-
-    Args:
-        readings: What each run of the setting reads, in the order of its runs.
-    """
+    """One curve of one setting at one moment: what each run of the setting reads, in the order of its runs."""
 
     readings: tuple[Reading, ...]
 
     @property
     def values(self) -> list[float]:
-        """What was read of those runs where there was something to read."""
+        """The readings of the runs that have a value."""
         return [reading.value for reading in self.readings if reading.value is not None]
 
     @property
@@ -54,13 +50,13 @@ class Cell:
 
     @property
     def excessive_residuals(self) -> list[float]:
-        """Those residuals, over their values, that are above :data:`TOLERANCE`."""
+        """The relative residuals above :data:`TOLERANCE`."""
         relative = [reading.relative_residual for reading in self.readings]
         return [error for error in relative if error is not None and error > TOLERANCE * (1 + 1e-5)]  # float32
 
     @property
     def converged(self) -> bool | None:
-        """Whether no residual is above :data:`TOLERANCE` of its value; None if there are no residuals."""
+        """Whether all relative residuals are at most :data:`TOLERANCE`; None if there are none."""
         if all(reading.relative_residual is None for reading in self.readings):
             return None
         return not self.excessive_residuals
@@ -68,10 +64,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ in nothing but the seed.
+    """Runs that differ only in the seed.
 
     Args:
-        name: What it is called in tables and pictures.
+        name: Its name in tables and pictures.
         runs: Its runs.
         cells: By moment and curve.
     """
@@ -90,8 +86,9 @@ class Comparison:
         metrics: The curves that are compared, by tag.
         moments: ``"last"``, ``"best"``, ``"loss=0.01"``.
         loss_tag: Which curve is the training loss; None if no run has one.
-        problems: What went wrong, one sentence each: files that could not be read, curves that are missing.
-        notes: What a reader of the numbers has to know: who never reached the loss, what did not converge.
+        problems: What went wrong, one sentence each: files that could not be read, curves that are missing, a loss that
+            no run of a setting reaches.
+        notes: Remarks on the numbers: runs that never reached the loss, values that have not converged.
     """
 
     settings: tuple[Setting, ...]
@@ -100,6 +97,37 @@ class Comparison:
     loss_tag: str | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+
+    def figure(self, x: str = "step") -> Figure:
+        """Draw every curve, a panel each.
+
+        Args:
+            x: ``"step"``, ``"gradients"``, ``"train_loss"``, or a tag.
+
+        Returns:
+            A figure without pyplot.
+
+        Raises:
+            NothingToCompareError: If no run has what ``x`` names.
+        """
+        from lightning_flatness.compare.axis import check_axis
+        from lightning_flatness.compare.picture import draw
+
+        check_axis(self, x)
+        return draw(self, x)
+
+    def to_pandas(self) -> Any:
+        """Return a DataFrame with a row per setting, moment and curve; an error says so where pandas is missing."""
+        import pandas as pd
+
+        from lightning_flatness.compare.report import rows
+
+        return pd.DataFrame(rows(self))
+
+    def _repr_html_(self) -> str:
+        from lightning_flatness.compare.page import html_table
+
+        return html_table(self)
 
 
 def compare_runs(
@@ -111,17 +139,19 @@ def compare_runs(
     loss_tag: str | None = None,
     sort: str | None = None,
 ) -> Comparison:
-    """Read runs from TensorBoard's event files and put their settings side by side, over seeds.
+    """Read runs from TensorBoard's event files and compare their settings over seeds.
 
-    Curvature shrinks with the training loss, so that after equal epochs the run that has trained further looks flatter,
-    whatever its minimum: compare ``at=["loss=0.01"]``, a loss that all runs reach.
+    Early in training curvature mostly rises, late it shrinks with the training loss. So after equal epochs the run that
+    has trained least or furthest looks flatter, whatever its minimum: compare ``at=["loss=0.01"]``, a loss that all
+    runs reach.
 
     Args:
         paths: Folders of runs, folders above them, or event files; of this package or not.
         metrics: Which curves, by tag or pattern: ``"flatness/*"``, ``"lambda_max"`` for ``"flatness/lambda_max"``.
             Default: ``flatness/*`` without errors and costs, the training loss, and all curves of validation and test.
         at: Moments: ``"last"``: the last point. ``"best"``: the best point of each curve, that is the highest of
-            accuracies and the like, else the lowest; of ``flatness/*`` not the one before training. ``"loss=0.01"``:
+            accuracies and the like, else the lowest; of ``flatness/*`` the one at the lowest training loss (the
+            lowest would be that of the network that has learnt least), the last one without a loss. ``"loss=0.01"``:
             where the training loss first is that low, interpolated between logged points, in the logarithm of what is
             positive. Runs that never are count in no number of that moment; a curve that does not go as far has none.
         group_by: ``"auto"``, ``"path"``, ``"hparams"``, ``"run"``, or names of hyperparameters with commas between
@@ -171,9 +201,13 @@ def compare_runs(
         steps: dict[Path, float | None] = {}
         if loss is not None:
             steps, unreached = _steps_of_loss(runs, loss_tag, loss)
-            (notes if any(step is not None for step in steps.values()) else problems).extend(unreached)
         for setting in settings:
-            setting.cells.update(_cells(setting, dict.fromkeys([*tags, *by]), moment, steps))
+            if loss is not None:
+                is_reached = any(steps[run.path] is not None for run in setting.runs)
+                (notes if is_reached else problems).extend(
+                    unreached[run.path] for run in setting.runs if run.path in unreached
+                )
+            setting.cells.update(_cells(setting, dict.fromkeys([*tags, *by]), moment, steps, loss_tag))
     order = {setting.name: _order(setting, at[0], by) for setting in settings}
     settings.sort(key=lambda setting: order[setting.name])
     notes += _remarks(settings, tags)
@@ -182,32 +216,32 @@ def compare_runs(
 
 def _steps_of_loss(
     runs: Sequence[Run], loss_tag: str | None, loss: float
-) -> tuple[dict[Path, float | None], list[str]]:
-    """Return where each run reaches a training loss, and which ones do not, in words."""
+) -> tuple[dict[Path, float | None], dict[Path, str]]:
+    """Return the step at which each run reaches a training loss, and a text for each run that does not."""
     steps: dict[Path, float | None] = {}
-    unreached = []
+    unreached = {}
     for run in runs:
         curve = run.curves.get(loss_tag or "")
         steps[run.path] = None if curve is None else step_of_loss(curve, loss)
         if curve is None:
-            unreached.append(f"{run.name}: has no training loss, so that it is left out at loss={loss:g}.")
+            unreached[run.path] = f"{run.name}: has no training loss, so that it is left out at loss={loss:g}."
         elif steps[run.path] is None:
             lowest = np.nanmin(curve.values, initial=math.inf)
-            unreached.append(
+            unreached[run.path] = (
                 f"{run.name}: never reaches loss={loss:g} (lowest {loss_tag} {lowest:.4g}); left out there."
             )
     return steps, unreached
 
 
 def _cells(
-    setting: Setting, tags: Iterable[str], moment: str, steps: dict[Path, float | None]
+    setting: Setting, tags: Iterable[str], moment: str, steps: dict[Path, float | None], loss_tag: str | None
 ) -> dict[tuple[str, str], Cell]:
     cells = {}
     for tag in tags:
         readings = []
         for run in setting.runs:
             is_reached = not steps or steps[run.path] is not None
-            readings.append(read_at(run, tag, moment, steps.get(run.path)) if is_reached else Reading())
+            readings.append(read_at(run, tag, moment, steps.get(run.path), loss_tag) if is_reached else Reading())
         cells[moment, tag] = Cell(tuple(readings))
     return cells
 
@@ -218,7 +252,7 @@ def _order(setting: Setting, moment: str, by: Sequence[str]) -> tuple[float, lis
 
 
 def _remarks(settings: Sequence[Setting], tags: Sequence[str]) -> list[str]:
-    """Say what has not converged, and what is not a number or not logged at a moment."""
+    """Return a text for each value that has not converged, is not a number or is not logged at a moment."""
     remarks = []
     for setting in settings:
         for (moment, tag), cell in setting.cells.items():

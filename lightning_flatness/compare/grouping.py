@@ -1,4 +1,4 @@
-"""Which runs are seeds of one setting.
+"""Group runs: those that differ only in the seed are one setting.
 
 Neither names nor hyperparameters tell alone: SGD and SAM may log the same hyperparameters into folders of their own,
 and ``version_0`` to ``version_5`` may be two learning rates with three seeds each. So two runs are of one setting if
@@ -30,17 +30,14 @@ _SEED_NAMES = re.compile(
 
 
 def group_runs(runs: Sequence[Run], group_by: str = "auto") -> dict[str, list[Run]]:
-    """Gather the runs of each setting.
+    """Return the runs by the name of their setting: of its path and what of the hyperparameters tells it from others.
 
     Args:
-        runs: What to group.
+        runs: The runs to group.
         group_by: ``"auto"``: runs are of one setting if their paths without parts such as ``seed0``, ``version_3``,
             ``run=2``, ``trial-1``, ``fold1`` or a time are equal, and all their hyperparameters but seeds and folders.
             ``"path"`` or ``"hparams"``: one of the two. ``"run"``: each is a setting of its own. Or names of
             hyperparameters, with commas between them.
-
-    Returns:
-        The runs by the name of their setting: of its path and what of the hyperparameters tells it from others.
 
     Raises:
         ValueError: If no run has a hyperparameter that ``group_by`` names.
@@ -66,13 +63,7 @@ def group_runs(runs: Sequence[Run], group_by: str = "auto") -> dict[str, list[Ru
 
 
 def setting_path(name: str) -> str:
-    """Return a run's name without what tells seeds of one setting apart.
-
-    Args:
-        name: Relative path of a run.
-
-    Returns:
-        What is left of it.
+    """Return a run's name (a relative path) without the parts that identify the seed or version.
 
     Example:
         >>> setting_path("sam/rho=0.05_seed=1/version_3"), setting_path("seed0")
@@ -93,7 +84,7 @@ def _told_apart_by(run: Run, names: Sequence[str] | None) -> tuple[tuple[str, Va
 
 
 def _setting_names(keys: list[tuple[str, tuple[tuple[str, Value], ...]]], runs: Sequence[Run]) -> list[str]:
-    """Name each setting by its path, and by those hyperparameters in which it differs from others of that path."""
+    """Name each setting by its path and by the hyperparameters that distinguish it from others of that path."""
     names = []
     for path, hyperparameters in keys:
         others = [dict(values) for other, values in keys if other == path]

@@ -1,4 +1,4 @@
-"""The moment of a run at which its curves are looked at: its end, its best, or a training loss."""
+"""The moment at which curves are compared: the end of a run, its best value, or a training loss."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_flatness.compare.reading import Curve, Run
+from lightning_flatness.compare.tags import error_of
 
 _HIGHER_IS_BETTER = re.compile(
     r"(?:^|[^a-z])(?:acc|accuracy|auc|auroc|auprc|ap|map|f1|f1_?score|precision|recall|r2|r2_?score|iou|miou|dice|bleu"
@@ -24,7 +25,7 @@ class Reading:
     Args:
         value: The number; None if the curve does not exist, has no finite point, or does not cover the moment.
         step: The step it was logged at, or between the points of which it was interpolated; None with no value.
-        residual: Its error in its own units, from the curve ``…_residual``; None if there is none.
+        residual: Its error in its own units, from the curve ``flatness_errors/…_residual``; None if there is none.
     """
 
     value: float | None = None
@@ -33,20 +34,14 @@ class Reading:
 
     @property
     def relative_residual(self) -> float | None:
-        """The residual over the size of the value; None where nothing is known about it."""
+        """The residual over the absolute value; None if there is no residual."""
         if self.value is None or self.residual is None:
             return None
         return self.residual / abs(self.value) if self.value else math.inf if self.residual else 0.0
 
 
 def higher_is_better(tag: str) -> bool:
-    """Whether a curve is one of those of which the largest value is the best.
-
-    Args:
-        tag: Its name.
-
-    Returns:
-        True for accuracies, areas under curves, F1 and the like; of all else, flatness and losses, the smallest is.
+    """Return whether the largest value of a curve is the best: of accuracies, areas under curves, F1 and the like.
 
     Example:
         >>> higher_is_better("val/acc"), higher_is_better("flatness/lambda_max"), higher_is_better("test_loss")
@@ -58,14 +53,8 @@ def higher_is_better(tag: str) -> bool:
 def parse_moment(text: str) -> float | None:
     """Return the training loss that ``"loss=0.01"`` names; None for ``"last"`` and ``"best"``.
 
-    Args:
-        text: One of the three.
-
-    Returns:
-        The loss, or None.
-
     Raises:
-        ValueError: If it is none of them, or the loss is not a finite number.
+        ValueError: If it is none of the three, or the loss is not a finite number.
     """
     if text in ("last", "best"):
         return None
@@ -79,18 +68,17 @@ def parse_moment(text: str) -> float | None:
     return loss
 
 
-def read_at(run: Run, tag: str, moment: str, step: float | None = None) -> Reading:
-    """Read a curve at a moment.
+def read_at(run: Run, tag: str, moment: str, step: float | None = None, loss_tag: str | None = None) -> Reading:
+    """Return the value of a curve at a moment, with its residual.
 
     Args:
         run: The run.
         tag: The curve.
         moment: ``"last"``: the last point. ``"best"``: the point with the best value of this curve, see
-            :func:`higher_is_better`; of ``flatness/`` curves not the point before training. Otherwise: at ``step``.
+            :func:`higher_is_better`; of ``flatness/`` curves the point nearest to the lowest training loss, for the
+            flattest network is the one that has learnt least. Otherwise: at ``step``.
         step: Where; between two points interpolated, in the logarithm if both are positive.
-
-    Returns:
-        The value with its residual.
+        loss_tag: The training loss.
     """
     curve = run.curves.get(tag)
     if curve is None:
@@ -98,34 +86,35 @@ def read_at(run: Run, tag: str, moment: str, step: float | None = None) -> Readi
     if moment == "last":
         index = len(curve) - 1
     elif moment == "best":
-        index = _best(curve, tag)
+        index = _trained(curve, run.curves.get(loss_tag or "")) if tag.startswith("flatness/") else _best(curve, tag)
     else:
         assert step is not None
-        return Reading(_interpolated(curve, step), step, _interpolated(run.curves.get(f"{tag}_residual"), step))
+        return Reading(_interpolated(curve, step), step, _interpolated(error_of(run, tag, "residual"), step))
     value, at = float(curve.values[index]), int(curve.steps[index])
-    residual = _interpolated(run.curves.get(f"{tag}_residual"), at)
+    residual = _interpolated(error_of(run, tag, "residual"), at)
     return Reading(value, at, residual) if math.isfinite(value) else Reading(step=at)
 
 
 def _best(curve: Curve, tag: str) -> int:
     values = -curve.values if higher_is_better(tag) else curve.values.copy()
     values[~np.isfinite(values)] = np.inf
-    if len(values) > 1 and curve.steps[0] == 0 and tag.startswith("flatness/"):
-        values[0] = np.inf  # networks are flat before they have learnt anything
     return int(np.argmin(values))
 
 
+def _trained(curve: Curve, loss: Curve | None) -> int:
+    """Return the index of the point nearest to the lowest training loss; of the last one without a loss."""
+    if loss is None or not np.isfinite(loss.values).any():
+        return len(curve) - 1
+    lowest = loss.steps[np.nanargmin(np.where(np.isfinite(loss.values), loss.values, np.nan))]
+    distances = np.abs(curve.steps - lowest)[::-1]
+    return len(curve) - 1 - int(np.argmin(distances))  # of two the later one
+
+
 def step_of_loss(curve: Curve, loss: float) -> float | None:
-    """Return the step at which a training loss is first reached.
+    """Return the step at which a training loss is first reached; None if it never is.
 
-    Args:
-        curve: The training loss.
-        loss: Which.
-
-    Returns:
-        Between the last point above it and the first at or below it, interpolated in the logarithm of the loss (in the
-        loss itself where that is not positive); the first point if that is below already; None if the loss is never
-        reached.
+    Between the last point above it and the first at or below it, the step is interpolated in the logarithm of the loss
+    (in the loss itself where that is not positive). If the first point is below, that is the step.
     """
     reached = np.flatnonzero(curve.values <= loss + 1e-6 * abs(loss))  # event files hold float32
     if not len(reached):

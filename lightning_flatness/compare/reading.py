@@ -1,4 +1,4 @@
-"""Runs as TensorBoard's event files hold them: curves and hyperparameters.
+"""Read runs from TensorBoard's event files and CSVLogger's ``metrics.csv``: curves and hyperparameters.
 
 Records are taken one by one and forgotten, so that images and histograms cost no memory; a point of a curve takes 16
 bytes. TensorBoard's ``EventAccumulator`` keeps samples of everything, spends most of its time on checksums of images,
@@ -24,6 +24,8 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.util import tensor_util
 
+from lightning_flatness.compare.csv_logs import FILE_NAME, read_hyperparameters, read_points
+
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")  # length and its checksum; checksum of the record
 _LARGEST_CHECKED = 2**16  # bytes: scalars are small, and checksums take Python a second for 10 MB
 Value = bool | float | str
@@ -47,13 +49,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """What a folder of event files holds.
+    """The curves and hyperparameters in a folder of event files.
 
     Args:
         name: Its folder, relative to the folder that all runs read together have in common.
         path: Its folder, or the event file if that was asked for.
         curves: Scalars by tag.
-        hyperparameters: What was logged for TensorBoard's HParams tab; empty if nothing was.
+        hyperparameters: Those logged for TensorBoard's HParams tab.
     """
 
     name: str
@@ -69,8 +71,8 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[
         paths: Folders of runs, folders above them, or event files.
 
     Returns:
-        The runs in the order given, those of one folder by name; and what went wrong, one sentence per problem. What
-        could be read of a damaged run is among the runs.
+        The runs in the order given, those of one folder by name; and one sentence per problem. Of a damaged run, what
+        could be read is returned.
     """
     found: dict[Path, list[Path]] = {}
     problems = []
@@ -79,7 +81,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Run], list[
         if not path.exists():
             problems.append(f"{path}: no such file or folder.")
         elif not below:
-            problems.append(f"{path}: no TensorBoard event files (*tfevents*) in or below it.")
+            problems.append(f"{path}: no TensorBoard event files (*tfevents*), nor metrics.csv, in or below it.")
         found |= {folder: files for folder, files in below.items() if folder not in found}
     runs = []
     for path, name in zip(found, _names(list(found)), strict=True):
@@ -97,7 +99,7 @@ def _event_files(path: Path) -> dict[Path, list[Path]]:
     for folder, subfolders, names in os.walk(path):
         subfolders.sort(key=natural)
         # TensorBoard reads them in this order, too: the names begin with the time at which the file was opened.
-        if files := sorted(name for name in names if "tfevents" in name):
+        if files := sorted(name for name in names if "tfevents" in name or name == FILE_NAME):
             found[Path(folder)] = [Path(folder, name) for name in files]
     return found
 
@@ -108,7 +110,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Return the paths without what all have in common; a single one keeps its last part."""
+    """Return the paths without their common part; a single path keeps its last component."""
     absolute = [path.resolve() for path in paths]
     if not absolute:
         return []
@@ -140,7 +142,9 @@ class _Scalars:
         self._plugins: dict[str, str] = {}
 
     def read(self, file: Path) -> str:
-        """Read a file as far as it goes; return what is wrong with it, empty if nothing is."""
+        """Read a file up to its end or the first damage; return a text about the damage, empty if there is none."""
+        if file.suffix == ".csv":
+            return self._read_csv(file)
         num_bytes = num_events = 0
         try:
             size = file.stat().st_size
@@ -162,6 +166,19 @@ class _Scalars:
             )
         return ""
 
+    def _read_csv(self, file: Path) -> str:
+        try:
+            for tag, step, value in read_points(file):
+                self._append(tag, step, value)
+        except (OSError, ValueError) as error:
+            return f"{file}: cannot be read ({error})."
+        self.hyperparameters = self.hyperparameters or read_hyperparameters(file.parent)
+        return ""
+
+    def _append(self, tag: str, step: int, value: float) -> None:
+        self._steps.setdefault(tag, array("q")).append(step)
+        self._values.setdefault(tag, array("d")).append(value)
+
     def _add(self, event: Any) -> None:
         for value in event.summary.value:
             tag = value.tag
@@ -175,8 +192,7 @@ class _Scalars:
                 scalar = float(tensor_util.make_ndarray(value.tensor).item())
             else:
                 continue
-            self._steps.setdefault(tag, array("q")).append(event.step)
-            self._values.setdefault(tag, array("d")).append(scalar)
+            self._append(tag, event.step, scalar)
 
     def curves(self) -> dict[str, Curve]:
         return {tag: _curve(steps, self._values[tag]) for tag, steps in self._steps.items()}

@@ -1,4 +1,4 @@
-"""A comparison as a table to read, and as CSV and JSON for programs."""
+"""Write a comparison as a text table, CSV or JSON."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from lightning_flatness.compare.reading import Run
 from lightning_flatness.compare.tags import FLATNESS_PREFIX
 
 _MISSING = "–"
+_COLUMNS = (
+    *("setting", "at", "metric", "mean", "standard_deviation"),
+    *("min", "max", "num_values", "num_runs", "converged"),
+)
 
 
 def table(comparison: Comparison) -> str:
     """Return a comparison as text: a row per setting and moment, a column per curve, mean ± standard deviation.
 
-    Args:
-        comparison: What to show.
-
-    Returns:
-        Lines of equal columns. ``*`` marks a mean over a value that has not converged, ``(2)`` one over fewer runs than
-        the setting has.
+    ``*`` marks a mean over a value that has not converged, ``(2)`` one over fewer runs than the setting has.
     """
     rows = [["setting", "runs", "at", *(tag.removeprefix(FLATNESS_PREFIX) for tag in comparison.metrics)]]
     for setting in comparison.settings:
         for i, moment in enumerate(comparison.moments):
-            cells = [_text(setting.cells[moment, tag]) for tag in comparison.metrics]
+            cells = [cell_text(setting.cells[moment, tag]) for tag in comparison.metrics]
             head = [setting.name, str(len(setting.runs))] if i == 0 else ["", ""]
             rows.append([*head, moment, *cells])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -40,7 +39,8 @@ def _aligned(row: list[str], widths: list[int]) -> list[str]:
     return [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
 
 
-def _text(cell: Cell) -> str:
+def cell_text(cell: Cell) -> str:
+    """Return mean ± standard deviation with four digits; see :func:`table` for the marks."""
     if cell.mean is None:
         return _MISSING
     decimals = 3 - math.floor(math.log10(abs(cell.mean))) if cell.mean else 3
@@ -51,29 +51,21 @@ def _text(cell: Cell) -> str:
     return text if len(cell.values) == len(cell.readings) else f"{text} ({len(cell.values)})"
 
 
+def rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return a row per setting, moment and curve, with the numbers of :func:`to_csv`."""
+    return [
+        {"setting": setting.name, "at": moment, "metric": tag, **_summary(setting.cells[moment, tag]),
+         "num_runs": len(setting.runs)}
+        for setting in comparison.settings
+        for moment in comparison.moments
+        for tag in comparison.metrics
+    ]  # fmt: skip
+
+
 def to_csv(comparison: Comparison) -> str:
-    """Return a comparison as CSV, a line per setting, moment and curve; numbers in full, nothing where there is none.
-
-    Args:
-        comparison: What to write.
-
-    Returns:
-        Columns ``setting, at, metric, mean, standard_deviation, min, max, num_values, num_runs, converged``.
-    """
-    names = (
-        "setting",
-        "at",
-        "metric",
-        "mean",
-        "standard_deviation",
-        "min",
-        "max",
-        "num_values",
-        "num_runs",
-        "converged",
-    )
+    """Return a comparison as CSV, a line per setting, moment and curve; numbers in full, empty if there is no value."""
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, names, lineterminator="\n")
+    writer = csv.DictWriter(stream, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     for setting in comparison.settings:
         for moment in comparison.moments:
@@ -84,15 +76,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def to_json(comparison: Comparison) -> str:
-    """Return a comparison as JSON, with every run's value, step and residual; null where there is none.
-
-    Args:
-        comparison: What to write.
-
-    Returns:
-        An object with ``settings``, each with its ``runs`` and, by moment and curve, ``values``; ``loss_tag``,
-        ``problems``, ``notes``.
-    """
+    """Return a comparison as JSON, with every run's value, step and residual; null if there is no value."""
     document = {
         "metrics": comparison.metrics,
         "at": comparison.moments,

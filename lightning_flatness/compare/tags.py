@@ -1,13 +1,14 @@
-"""Which curves are compared: what counts as flatness, as training loss, as validation and test."""
+"""Choose the curves to compare: flatness, training loss, validation and test."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from lightning_flatness.compare.reading import Run
+from lightning_flatness.compare.reading import Curve, Run
 
 FLATNESS_PREFIX = "flatness/"
 _LOSS_TAGS = (
@@ -16,59 +17,60 @@ _LOSS_TAGS = (
 )
 _EVALUATION = re.compile(r"(?:^|[/_\-. ])(?:val|valid|validation|test|eval|dev)(?:[/_\-. ]|$)", re.IGNORECASE)
 _NOT_A_MEASURE = re.compile(
-    r"_residual$|_standard_error$|/(?:stability_edge|gradient_evaluations|seconds|\w*share_of_\w+)$"
+    r"_errors/|_cost/|_residual$|_standard_error$|_first_order_gap$|/(?:stability_edge|\w+_(?:lower|upper)_edge|gradient_evaluations|seconds|\w*share_of_\w+)$"
 )
+"""Up to version 0.1, errors and costs were among the values."""
 
 
 class NothingToCompareError(ValueError):
     """No run could be read, or an argument fits none of them."""
 
 
-def find_loss_tag(runs: Sequence[Run], wanted: str | None = None) -> str | None:
-    """Return the curve that is the training loss.
+def error_of(run: Run, tag: str, kind: str) -> Curve | None:
+    """Return the curve of the errors of another curve.
 
     Args:
-        runs: All runs.
-        wanted: What the user says it is.
+        run: The run.
+        tag: The curve, ``flatness/lambda_max`` say.
+        kind: ``"residual"`` or ``"standard_error"``.
 
     Returns:
-        That, or the first of the usual names that most runs have; None if no run has one.
+        ``flatness_errors/lambda_max_residual``, or where version 0.1 logged it; None if there is none.
+    """
+    group, _, name = tag.rpartition("/")
+    found = run.curves.get(f"{group or FLATNESS_PREFIX.rstrip('/')}_errors/{name}_{kind}")
+    return run.curves.get(f"{tag}_{kind}") if found is None else found
+
+
+def find_loss_tag(runs: Sequence[Run], wanted: str | None = None) -> str | None:
+    """Return the curve that is the training loss: the wanted one, or the first of the usual names that most runs have.
+
+    Return None if no run has one.
 
     Raises:
         NothingToCompareError: If no run has the wanted one.
     """
     if wanted is not None:
         if not any(wanted in run.curves for run in runs):
-            raise NothingToCompareError(_unknown("loss_tag", wanted, runs))
+            raise NothingToCompareError(unknown_curve("loss_tag", wanted, runs))
         return wanted
     known = Counter(tag for run in runs for tag in run.curves if tag.lower() in _LOSS_TAGS)
     return min(known, key=lambda tag: (-known[tag], _LOSS_TAGS.index(tag.lower())), default=None)
 
 
 def is_part_of_another(run: Run, runs: Sequence[Run], loss_tag: str | None) -> bool:
-    """Whether this is a folder that SummaryWriter made in a run's, as ``add_scalars`` and ``add_hparams`` do.
+    """Return whether SummaryWriter made this folder inside a run's folder (``add_scalars`` and ``add_hparams`` do).
 
-    Args:
-        run: Which.
-        runs: All runs.
-        loss_tag: The training loss.
-
-    Returns:
-        True if it lies within another run and has neither a training loss nor flatness.
+    It then lies within another run and has neither a training loss nor flatness.
     """
     is_run = loss_tag in run.curves or any(tag.startswith(FLATNESS_PREFIX) for tag in run.curves)
     return not is_run and any(other.path in run.path.parents for other in runs)
 
 
 def default_metrics(runs: Sequence[Run], loss_tag: str | None) -> list[str]:
-    """Return lambda_max, invariant sharpness, what else measures flatness, the training loss, validation and test.
+    """Return lambda_max, invariant sharpness, other flatness curves, the training loss, validation and test.
 
-    Args:
-        runs: All runs.
-        loss_tag: The training loss.
-
-    Returns:
-        Those that any of the runs has, in this order.
+    Those that any run has, in this order.
 
     Raises:
         NothingToCompareError: If there is none of them.
@@ -77,7 +79,8 @@ def default_metrics(runs: Sequence[Run], loss_tag: str | None) -> list[str]:
     first = [FLATNESS_PREFIX + name for name in ("lambda_max", "invariant_sharpness")]
     flatness = [tag for tag in known if tag.startswith(FLATNESS_PREFIX) and not _NOT_A_MEASURE.search(tag)]
     flatness.sort(key=lambda tag: (first.index(tag) if tag in first else len(first), tag))
-    evaluation = [tag for tag in known if _EVALUATION.search(tag) and not tag.endswith("_step") and tag not in flatness]
+    others = [tag for tag in known if tag not in flatness and not _NOT_A_MEASURE.search(tag)]
+    evaluation = [tag for tag in others if _EVALUATION.search(tag) and not tag.endswith("_step")]
     loss = [loss_tag] if loss_tag is not None and loss_tag not in evaluation else []
     tags = [*flatness, *loss, *evaluation]
     if not tags:
@@ -89,14 +92,9 @@ def default_metrics(runs: Sequence[Run], loss_tag: str | None) -> list[str]:
 
 
 def chosen_metrics(runs: Sequence[Run], patterns: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the curves that patterns name.
+    """Return the curves that match patterns, in their order, and one sentence for each pattern that fits none.
 
-    Args:
-        runs: All runs.
-        patterns: Tags, tags without ``flatness/``, or patterns with ``*`` and ``?``.
-
-    Returns:
-        Tags in the order of the patterns, and one sentence for each pattern that fits none.
+    A pattern is a tag, a tag without ``flatness/``, or has ``*`` and ``?``.
     """
     known = _known(runs)
     chosen: dict[str, None] = {}
@@ -106,21 +104,15 @@ def chosen_metrics(runs: Sequence[Run], patterns: Sequence[str]) -> tuple[list[s
         fitting = [tag for tag in known if pattern in names[tag]]
         fitting = fitting or [tag for tag in known if any(fnmatchcase(name, pattern) for name in names[tag])]
         if not fitting:
-            problems.append(_unknown("metric", pattern, runs))
+            problems.append(unknown_curve("metric", pattern, runs))
         chosen |= dict.fromkeys(fitting)
     return list(chosen), problems
 
 
 def missing_curves(runs: Sequence[Run], tags: Sequence[str], *, is_default: bool) -> list[str]:
-    """Say which runs lack what is compared.
+    """Return a text for each run that lacks one of the compared curves.
 
-    Args:
-        runs: All runs.
-        tags: What is compared.
-        is_default: Whether nobody asked for these: then only runs without any flatness are reported.
-
-    Returns:
-        One sentence per run.
+    If nobody asked for these (``is_default``), only runs without any flatness are reported.
     """
     problems = []
     for run in runs:
@@ -135,5 +127,10 @@ def _known(runs: Sequence[Run]) -> list[str]:
     return sorted({tag for run in runs for tag in run.curves})
 
 
-def _unknown(what: str, name: str, runs: Sequence[Run]) -> str:
-    return f"Expected `{what}` to be a curve of these runs, got {name!r}. They have: {', '.join(_known(runs))}."
+def unknown_curve(what: str, name: str, runs: Sequence[Run]) -> str:
+    """Return what to say about a curve that no run has, with the name that was meant, if one is near."""
+    known = _known(runs)
+    names = {short: tag for tag in known for short in (tag.removeprefix(FLATNESS_PREFIX), tag)}
+    near = get_close_matches(name, names, n=1)
+    hint = f" Did you mean {names[near[0]]!r}?" if near else ""
+    return f"Expected `{what}` to be a curve of these runs, got {name!r}.{hint} They have: {', '.join(known)}."

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
-from lightning_flatness.estimators.krylov import EigenResult, Which
-from lightning_flatness.estimators.lanczos import lanczos
+from lightning_flatness.estimators.krylov.lanczos import TOLERANCE, lanczos
+from lightning_flatness.estimators.krylov.solver import EigenResult, Which
+from lightning_flatness.estimators.krylov.starts import remember_covectors, start_noise, start_vector, usable
 from lightning_flatness.estimators.operators import Operator, curvature_product
-from lightning_flatness.estimators.starts import remember_covectors, start_noise, start_vector, usable
 from lightning_flatness.geometry import Geometry
 from lightning_flatness.landscape import LossLandscape
 
@@ -21,7 +19,7 @@ def top_eigenvalues(
     operator: Operator = "hessian",
     k: int = 1,
     which: Which = "LA",
-    tol: float = 1e-3,
+    tol: float = TOLERANCE,
     max_products: int = 300,
     max_basis: int | None = None,
     start: Tensor | None = None,
@@ -30,29 +28,9 @@ def top_eigenvalues(
 ) -> EigenResult:
     """Return the extreme eigenpairs of the Hessian (or Gauss-Newton matrix) of ``z -> L(w(z))`` at the current weights.
 
-    Costs one gradient and two per Hessian-vector product; memory for the basis, ``max_basis`` times the weights at
-    most. Deterministic given ``seed``.
-
-    Args:
-        landscape: The loss.
-        geometry: The coordinates ``z``; see :mod:`lightning_flatness.geometry`.
-        operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix, which needs an ``OutputLoss``.
-        k: Number of pairs.
-        which: ``"LA"``: largest; ``"SA"``: most negative; ``"LM"``: of largest modulus.
-        tol: Relative Ritz residual ``‖H y - theta y‖ / |theta|`` at which to stop.
-        max_products: Hessian-vector products after which to stop in any case.
-        max_basis: Vectors of the size of the weights to keep at most; see :func:`lanczos` for the default.
-        start: ``subspace`` of an earlier result to start from, shape (any, number of coordinates).
-        shared_start: Start from the sharpest directions that an earlier call in the same ``measurement()`` has found
-            in another geometry, where there was one: fewer products then do. The result depends on that call, within
-            its residual.
-        seed: Seed of the random start.
-
-    Returns:
-        Values, residuals (with the error of finite differences added where those are used), and vectors in ``z``.
-
-    Raises:
-        ValueError: If an argument is out of range, ``k`` larger than the number of coordinates among them.
+    Arguments, cost and errors as of :class:`lightning_flatness.TopEigenvalues`; ``start`` is the ``subspace`` of an
+    earlier result to start from, shape (any, number of coordinates). The vectors are in ``z``. The residuals contain
+    the errors of finite differences and of weights in low precision. Deterministic given ``seed``.
     """
     with landscape.measurement():
         chart = landscape.chart(geometry)
@@ -70,8 +48,8 @@ def top_eigenvalues(
             seed=seed,
             dtype=landscape.dtype,
             device=landscape.device,
+            product_error=lambda: landscape.product_error,
         )
         if which != "SA":
             remember_covectors(landscape, chart, result.eigenvectors)
-    product_error = landscape.product_error * result.eigenvalues.abs().max()
-    return replace(result, residuals=result.residuals + product_error)
+    return result

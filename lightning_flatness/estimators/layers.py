@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
+from lightning_flatness.estimators.operators import Operator, curvature_product
 from lightning_flatness.estimators.undefined import UndefinedMeasureError
 from lightning_flatness.landscape import LossLandscape
 
 
 def linear_layer(landscape: LossLandscape, name: str | None) -> tuple[str, nn.Linear]:
-    """Return a trainable linear layer of the module by its name.
-
-    Args:
-        landscape: The loss; its module is searched.
-        name: As in ``module.named_modules()``, e.g. ``"net.4"``; None for the last one.
-
-    Returns:
-        The name and the layer.
+    """Return the name and the layer of a trainable ``nn.Linear`` of the module; the last one for None.
 
     Raises:
         UndefinedMeasureError: If the module has no linear layer.
@@ -43,6 +40,20 @@ def linear_layer(landscape: LossLandscape, name: str | None) -> tuple[str, nn.Li
             f"{what}."
         )
     return name, layers[name]
+
+
+def block_product(landscape: LossLandscape, parameter: Tensor, operator: Operator) -> Callable[[Tensor], Tensor]:
+    """Return the product of the Hessian's block of one parameter with a vector of shape (parameter.numel(),)."""
+    start = offset_of(landscape, parameter)
+    block = slice(start, start + parameter.numel())
+    product = curvature_product(landscape, landscape.chart("euclidean"), operator)
+
+    def matvec(y: Tensor) -> Tensor:
+        v = torch.zeros(landscape.num_parameters, dtype=landscape.dtype, device=landscape.device)
+        v[block] = y
+        return product(v)[block]
+
+    return matvec
 
 
 def offset_of(landscape: LossLandscape, parameter: Tensor) -> int:

@@ -11,43 +11,38 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.estimators.layers import offset_of
-from lightning_flatness.estimators.operators import Operator, check_operator, curvature_product
-from lightning_flatness.estimators.trace import TraceMethod, check_trace_arguments, stochastic_trace
+from lightning_flatness.estimators.arguments import TraceMethod, check_arguments
+from lightning_flatness.estimators.layers import block_product, offset_of
+from lightning_flatness.estimators.operators import Operator
+from lightning_flatness.estimators.result import Estimate, scalar_estimate, small_sample_factor
+from lightning_flatness.estimators.sampling import trace_standard_error
+from lightning_flatness.estimators.trace import num_probes, stochastic_trace
 from lightning_flatness.estimators.undefined import UndefinedMeasureError
 from lightning_flatness.landscape import LossLandscape
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _INVARIANCE = 1e-3
 _TENSORS = ("weight", "bias")
-_LEAST_PRODUCTS = 4
+_LEAST_PRODUCTS = 8
+_DOUBLE: Any = {"dtype": torch.float64, "device": "cpu"}
 
 
 @dataclass(frozen=True)
-class MinimumSharpnessResult:
-    """The minimum of the trace over layer scales.
+class MinimumSharpnessResult(Estimate):
+    """The minimum of the trace over layer scales, minus infinity where a layer's trace is negative: then there is none.
 
     Attributes:
-        value: The minimum, a scalar; minus infinity where a layer's trace is negative: then there is none.
-        standard_error: Its standard error.
         layers: Names of the layers, in the order in which they run.
         scales: The alpha of each layer at the minimum, shape (layers,).
-        converged: Whether the minimum exists and its standard error reached the tolerance.
-        num_products: Products with the Hessian.
-        gradient_evaluations: What it cost, in gradients on all samples.
     """
 
-    value: Tensor
-    standard_error: Tensor
     layers: tuple[str, ...]
     scales: Tensor
-    converged: bool
-    num_products: int
-    gradient_evaluations: float
 
 
 def minimum_sharpness(
@@ -61,49 +56,36 @@ def minimum_sharpness(
 ) -> MinimumSharpnessResult:
     """Return the minimum over layer scales (of product one) of the Hessian's trace at the rescaled weights.
 
-    Costs one gradient and two per product, and three losses; memory: four vectors of the size of the weights. Each
-    weight and each bias tensor is probed by itself. The standard error is that of the sum at the scales found.
-
-    Args:
-        landscape: The loss.
-        operator: ``"hessian"``, or ``"ggn"``, whose traces are never negative for the usual losses.
-        method: ``"hutch++"`` or ``"hutchinson"``, for the trace of each block.
-        num_products: Products to spend on all tensors together, 4 on each at least; small tensors are done exactly.
-        tol: Relative standard error at which the result counts as converged.
-        seed: Seed of the probes.
-
-    Returns:
-        The minimum with its standard error.
-
-    Raises:
-        UndefinedMeasureError: If rescaling the layers changes the loss: the module is not a chain of linear layers
-            with positively homogeneous activations.
-        ValueError: If an argument is out of range.
+    Arguments, cost and errors as of :class:`lightning_flatness.MinimumSharpness`. Each weight and each bias tensor is
+    probed by itself. The standard error is that of the sum at the scales found.
     """
-    check_operator(operator)
-    check_trace_arguments(method, num_products, tol)
-    spent = landscape.cost.gradient_evaluations
+    check_arguments({"operator": operator, "method": method, "num_products": num_products, "tol": tol})
     with landscape.measurement():
         layers = _layers_in_order(landscape)
         _check_invariance(landscape, [layer for _, layer in layers])
         modules = [layer for _, layer in layers]
         traces, errors, spent_products = _block_traces(landscape, modules, operator, method, num_products, seed)
-    log_scales = minimizing_log_scales(*traces)
-    exists = bool((traces >= -4 * errors).all())  # a trace of zero may come out a little below it
-    terms = _rescaled(log_scales, *traces.clamp_min(0))
-    value = float(terms.sum()) if exists else -math.inf
-    # To first order the error of a minimum is that of the function at the place of the minimum.
+        log_scales = minimizing_log_scales(*traces)
+        exists = bool((traces >= -4 * errors).all())  # a trace of zero may come out a little below it
+        terms = _rescaled(log_scales, *traces.clamp_min(0))
+        value = float(terms.sum()) if exists else -math.inf
+        # To first order the error of a minimum is that of the function at the place of the minimum.
+        rescaled = _rescaling(landscape, modules, log_scales)
+        size = landscape.num_parameters
+        sampling = trace_standard_error(landscape, rescaled.__mul__, size, value, operator, seed)
     error = float(torch.linalg.vector_norm(_rescaled(log_scales, *errors)))
     error += landscape.product_error * float(terms.sum())
-    return MinimumSharpnessResult(
-        value=torch.tensor(value, dtype=landscape.dtype, device=landscape.device),
-        standard_error=torch.tensor(error, dtype=landscape.dtype, device=landscape.device),
-        layers=tuple(name for name, _ in layers),
-        scales=log_scales.exp().to(landscape.dtype).to(landscape.device),
-        converged=exists and error <= tol * value,
+    converged = exists and error <= tol * value
+    estimate = scalar_estimate(
+        landscape,
+        value,
+        error,
+        converged=converged,
         num_products=spent_products,
-        gradient_evaluations=landscape.cost.gradient_evaluations - spent,
+        standard_error=math.hypot(error, sampling),
     )
+    scales = log_scales.exp().to(landscape.dtype).to(landscape.device)
+    return MinimumSharpnessResult(**vars(estimate), layers=tuple(name for name, _ in layers), scales=scales)
 
 
 def minimizing_log_scales(weights: Tensor, biases: Tensor) -> Tensor:
@@ -120,18 +102,19 @@ def minimizing_log_scales(weights: Tensor, biases: Tensor) -> Tensor:
         >>> minimizing_log_scales(torch.tensor([1.0, 16.0]), torch.zeros(2)).exp()  # 2 sqrt(1 · 16) = 8
         tensor([0.5000, 2.0000], dtype=torch.float64)
     """
-    t, b = weights.double().clamp_min(0), biases.double().clamp_min(0)
+    t, b = weights.cpu().double().clamp_min(0), biases.cpu().double().clamp_min(0)
     num_layers, total = len(t), float(t.sum() + b.sum())
-    x = torch.zeros(num_layers, dtype=torch.float64)
+    x = torch.zeros(num_layers, **_DOUBLE)
     if num_layers < 2 or total == 0:
         return x
     t, b = t / total, b / total
     # Rows: the exponents x_l of the weights, and their running sums of the biases; the columns add up to zero.
-    exponents = torch.cat([torch.eye(num_layers), torch.tril(torch.ones(num_layers, num_layers))]).double()
+    identity = torch.eye(num_layers, **_DOUBLE)
+    exponents = torch.cat([identity, torch.tril(torch.ones_like(identity))])
     factors = torch.cat([t, b])
-    free = torch.linalg.qr(torch.eye(num_layers).double() - 1 / num_layers)[0][:, : num_layers - 1]
+    free = torch.linalg.qr(identity - 1 / num_layers)[0][:, : num_layers - 1]
     rows = exponents @ free
-    y = torch.zeros(num_layers - 1, dtype=torch.float64)
+    y = torch.zeros(num_layers - 1, **_DOUBLE)
 
     def objective(y: Tensor) -> Tensor:
         return torch.dot(factors, torch.exp(-2 * (rows @ y)))
@@ -140,7 +123,7 @@ def minimizing_log_scales(weights: Tensor, biases: Tensor) -> Tensor:
         terms = factors * torch.exp(-2 * (rows @ y))
         gradient = -2 * (rows.T @ terms)
         hessian = 4 * (rows.T * terms) @ rows
-        ridge = 1e-14 * float(hessian.diagonal().max()) * torch.eye(num_layers - 1).double()
+        ridge = 1e-14 * float(hessian.diagonal().max()) * identity[1:, 1:]
         step = -torch.linalg.solve(hessian + ridge, gradient)
         step = step * min(1.0, 2.0 / max(float(step.abs().max()), 1e-300))
         decrease = float(gradient @ step)
@@ -160,6 +143,18 @@ def _rescaled(log_scales: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
     return torch.stack(terms)
 
 
+def _rescaling(landscape: LossLandscape, layers: Sequence[nn.Module], log_scales: Tensor) -> Tensor:
+    """Return by what changes of the rescaled weights are multiplied to be changes of the weights, a flat vector."""
+    factors = torch.zeros(landscape.num_parameters, dtype=landscape.dtype, device=landscape.device)
+    for layer, powers in zip(layers, torch.stack([log_scales, log_scales.cumsum(dim=0)], dim=1), strict=True):
+        for name, power in zip(_TENSORS, powers.tolist(), strict=True):
+            parameter = getattr(layer, name)
+            if parameter is not None and parameter.requires_grad:
+                start = offset_of(landscape, parameter)
+                factors[start : start + parameter.numel()] = math.exp(-power)
+    return factors
+
+
 def _block_traces(
     landscape: LossLandscape,
     layers: Sequence[nn.Module],
@@ -173,31 +168,24 @@ def _block_traces(
     Every tensor is probed by itself. A network that is linear in each of its layers has positive semi-definite blocks
     under the usual losses, so that no probe is negative; probing all blocks at once would not give that.
     """
-    product = curvature_product(landscape, landscape.chart("euclidean"), operator)
-    values = torch.zeros(2, len(layers), dtype=torch.float64)
+    values = torch.zeros(2, len(layers), **_DOUBLE)
     errors, spent = torch.zeros_like(values), 0
     blocks = [(i, j, getattr(layer, name)) for j, layer in enumerate(layers) for i, name in enumerate(_TENSORS)]
     blocks = [(i, j, p) for i, j, p in blocks if p is not None and p.requires_grad]
-    blocks.sort(key=lambda block: int(block[2].numel()))  # what the small ones leave goes to the large ones
+    blocks.sort(key=lambda block: int(block[2].numel()))  # the large ones get the products that are left
     for done, (i, j, parameter) in enumerate(blocks):
-        start, size = offset_of(landscape, parameter), parameter.numel()
-
-        def matvec(y: Tensor, start: int = start, size: int = size) -> Tensor:
-            v = torch.zeros(landscape.num_parameters, dtype=landscape.dtype, device=landscape.device)
-            v[start : start + size] = y
-            return product(v)[start : start + size]
-
         share = max(_LEAST_PRODUCTS, (num_products - spent) // (len(blocks) - done))
         result = stochastic_trace(
-            matvec,
-            size,
+            block_product(landscape, parameter, operator),
+            parameter.numel(),
             method=method,
             num_products=share,
             seed=seed + done,
             dtype=landscape.dtype,
             device=landscape.device,
         )
-        values[i, j], errors[i, j] = result.value, result.standard_error
+        factor = small_sample_factor(num_probes(method, share)) if parameter.numel() > share else 1.0
+        values[i, j], errors[i, j] = result.value, factor * result.error
         spent += result.num_products
     return values, errors, spent
 

@@ -7,81 +7,45 @@ otherwise. Whether a sample has a gradient of its own is checked: their mean has
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lightning_flatness.estimators.arguments import TraceMethod
 from lightning_flatness.estimators.operators import Operator
-from lightning_flatness.estimators.trace import TraceMethod, hessian_trace
+from lightning_flatness.estimators.result import Estimate, scalar_estimate
+from lightning_flatness.estimators.trace import hessian_trace
 from lightning_flatness.estimators.undefined import UndefinedMeasureError
 from lightning_flatness.geometry import Chart, Geometry
 from lightning_flatness.landscape import LossLandscape
-
-_CHUNK_BYTES = 2**27
-
-
-@dataclass(frozen=True)
-class GradientNoiseResult:
-    """The scatter of the gradients of single samples.
-
-    Attributes:
-        value: The trace of their covariance, or its ratio to the trace of the Hessian; a scalar.
-        standard_error: Its standard error.
-        converged: Whether the standard error reached the tolerance.
-        num_products: Hessian-vector products.
-        gradient_evaluations: What it cost, in gradients on all samples.
-    """
-
-    value: Tensor
-    standard_error: Tensor
-    converged: bool
-    num_products: int
-    gradient_evaluations: float
+from lightning_flatness.landscape.per_sample import sum_over_samples
 
 
-def gradient_noise(
-    landscape: LossLandscape, geometry: str | Geometry = "euclidean", *, tol: float = 0.2
-) -> GradientNoiseResult:
+def gradient_noise(landscape: LossLandscape, geometry: str | Geometry = "euclidean", *, tol: float = 0.2) -> Estimate:
     """Return the trace of the covariance of the gradients of single samples at the current weights.
 
-    ``tr C = 1/(N-1) sum_n ‖g_n - g‖²``, the unbiased estimate for the distribution that the samples come from; the
-    standard error is that of sampling. Costs two gradients of the whole set in operations, more in time where the
-    module does not go through ``vmap``. Memory: 128 MiB of gradients at a time, one at least.
-
-    Args:
-        landscape: The loss, a mean over samples.
-        geometry: The coordinates ``z``, in which gradients are measured; see :mod:`lightning_flatness.geometry`.
-        tol: Relative standard error at which the result counts as converged.
-
-    Returns:
-        The trace with its standard error.
-
-    Raises:
-        UndefinedMeasureError: If there is a single sample, or the loss is not a mean over samples.
+    Arguments, cost and errors as of :class:`lightning_flatness.GradientNoise`.
     """
-    if landscape.num_samples < 2:
-        raise UndefinedMeasureError("Expected two or more samples to measure the scatter of their gradients, got one.")
-    spent = landscape.cost.gradient_evaluations
-    with landscape.measurement():
-        chart = landscape.chart(geometry)
-        mean = landscape.gradient()
-        sums = landscape.sum_over_ranks(lambda total: _add_scatter(landscape, chart, mean, total), _SIZE + len(mean))
-        landscape.cost.gradient_evaluations += 1
-    n, first, second, longest = sums[:_SIZE].tolist()
-    eps = max(torch.finfo(p.dtype).eps for p in landscape.parameters)
-    _check_mean(mean, sums[_SIZE:] / n, math.sqrt(longest), tolerance=min(1e3 * eps, 0.1))
-    value = first / (n - 1)
-    variance = max(0.0, second / n - (first / n) ** 2) * n / (n - 1)
-    error = math.hypot(math.sqrt(variance / n) * n / (n - 1), 16 * torch.finfo(landscape.dtype).eps * value)
-    return GradientNoiseResult(
-        value=torch.tensor(value, dtype=landscape.dtype, device=landscape.device),
-        standard_error=torch.tensor(error, dtype=landscape.dtype, device=landscape.device),
-        converged=error <= tol * value,
-        num_products=0,
-        gradient_evaluations=landscape.cost.gradient_evaluations - spent,
-    )
+    n, total, variance = _squared_norms(landscape, geometry, centred=True)
+    value = total / (n - 1)
+    return _noise_estimate(landscape, value, math.sqrt(variance / n) * n / (n - 1), tol)
+
+
+def fisher_trace(landscape: LossLandscape, geometry: str | Geometry = "euclidean", *, tol: float = 0.2) -> Estimate:
+    """Return the mean squared norm of the gradients of single samples at the current weights, ``1/N sum_n ‖g_n‖²``.
+
+    Arguments, cost and errors as of :class:`lightning_flatness.FisherTrace`.
+    """
+    n, total, variance = _squared_norms(landscape, geometry, centred=False)
+    return _noise_estimate(landscape, total / n, math.sqrt(variance / n), tol)
+
+
+def _noise_estimate(landscape: LossLandscape, value: float, scatter: float, tol: float) -> Estimate:
+    rounding = 16 * torch.finfo(landscape.dtype).eps * value
+    standard_error = math.hypot(scatter * math.sqrt(landscape.samples.unseen_share), rounding)
+    converged = standard_error <= tol * value
+    return scalar_estimate(landscape, value, rounding, converged=converged, standard_error=standard_error)
 
 
 def noise_curvature_ratio(
@@ -93,25 +57,11 @@ def noise_curvature_ratio(
     num_products: int = 48,
     tol: float = 0.2,
     seed: int = 0,
-) -> GradientNoiseResult:
+) -> Estimate:
     """Return the ratio ``tr C / tr H`` of gradient noise to curvature at the current weights (arXiv 1906.07774).
 
-    Costs what :func:`gradient_noise` and :func:`hessian_trace` cost. The errors of both add in squares.
-
-    Args:
-        landscape: The loss, a mean over samples.
-        geometry: The coordinates ``z`` of both; see :mod:`lightning_flatness.geometry`.
-        operator: ``"hessian"``, or ``"ggn"`` for the trace of the Gauss-Newton matrix below the line.
-        method: ``"hutch++"`` or ``"hutchinson"``.
-        num_products: Products to spend on the trace.
-        tol: Relative standard error at which the result counts as converged.
-        seed: Seed of the trace's probes.
-
-    Returns:
-        The ratio with its standard error; infinite or not a number where the trace is zero.
-
-    Raises:
-        ValueError: As :func:`gradient_noise` and :func:`hessian_trace`.
+    Arguments, cost and errors as of :class:`lightning_flatness.NoiseCurvatureRatio`. Infinite or not a number where the
+    trace is zero.
     """
     with landscape.measurement():
         noise = gradient_noise(landscape, geometry)
@@ -119,45 +69,54 @@ def noise_curvature_ratio(
             landscape, geometry, operator=operator, method=method, num_products=num_products, seed=seed
         )
     value = noise.value / trace.value
-    error = torch.hypot(noise.standard_error / trace.value, value * trace.standard_error / trace.value)
-    return GradientNoiseResult(
-        value=value,
-        standard_error=error,
-        converged=bool(error <= tol * value.abs()),
-        num_products=trace.num_products,
-        gradient_evaluations=noise.gradient_evaluations + trace.gradient_evaluations,
-    )
+    errors = []
+    for of_noise, of_trace in ((noise.error, trace.error), (noise.standard_error, trace.standard_error)):
+        assert of_noise is not None
+        assert of_trace is not None
+        errors.append(torch.hypot(of_noise / trace.value, value * of_trace / trace.value))
+    converged = bool(errors[0] <= tol * value.abs())
+    return Estimate(value, errors[0], converged, trace.num_products, standard_error=errors[1])
 
 
 _SIZE = 4
-"""Number of samples, sum of ``‖g_n - g‖²``, sum of its squares, and the sum of ``‖g_n‖²``."""
+"""Number of samples, sum of ``‖g_n - c‖²``, sum of its squares, and the sum of ``‖g_n‖²``."""
 
 
-def _add_scatter(landscape: LossLandscape, chart: Chart, mean: Tensor, total: Tensor) -> None:
-    """Add this rank's share of the sums, then of the sum of gradients, to a vector."""
-    for gradients in _gradients_of_samples(landscape):
-        deviations = gradients - mean
-        pulled = torch.stack([chart.pull_back(d) for d in deviations])
-        squares = pulled.square().sum(dim=1)
-        sums = [len(gradients), squares.sum(), squares.square().sum(), gradients.square().sum()]
-        total[:_SIZE] += torch.stack([torch.as_tensor(s, dtype=total.dtype, device=total.device) for s in sums])
-        total[_SIZE:] += gradients.sum(dim=0)
+def _squared_norms(landscape: LossLandscape, geometry: str | Geometry, *, centred: bool) -> tuple[float, float, float]:
+    """Return the number of samples, the sum of ``‖g_n - c‖²`` in a geometry, and the variance of its terms.
+
+    ``c`` is the mean of the gradients if ``centred``, else zero.
+
+    Raises:
+        UndefinedMeasureError: If there is a single sample, or the loss is not a mean over samples.
+        ValueError: If the loss of a single sample raises one.
+    """
+    if landscape.num_samples < 2:
+        raise UndefinedMeasureError("Expected two or more samples to measure the scatter of their gradients, got one.")
+    with landscape.measurement():
+        chart = landscape.chart(geometry)
+        mean = landscape.gradient()
+        centre = mean if centred else torch.zeros_like(mean)
+        try:
+            sums = sum_over_samples(landscape, partial(_add_squares, chart, centre), _SIZE + len(mean))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UndefinedMeasureError(f"Expected a loss of single samples, got one without: {error}.") from error
+    n, first, second, longest = sums[:_SIZE].tolist()
+    eps = max(torch.finfo(p.dtype).eps for p in landscape.parameters)
+    _check_mean(mean, sums[_SIZE:] / n, math.sqrt(longest), tolerance=min(1e3 * eps, 0.1))
+    return n, first, max(0.0, second / n - (first / n) ** 2) * n / (n - 1)
 
 
-def _gradients_of_samples(landscape: LossLandscape) -> Iterator[Tensor]:
-    """Yield the gradients of this rank's samples, shape (chunk, num_parameters)."""
-    chunk = max(1, _CHUNK_BYTES // (landscape.num_parameters * landscape.dtype.itemsize))
-    vmap_works = True
-    for index, size in enumerate(landscape.batch_sizes):
-        for start in range(0, size, chunk):
-            stop = min(start + chunk, size)
-            if vmap_works:
-                try:
-                    yield landscape.gradients_of_samples(index, start, stop, vectorized=True)
-                    continue
-                except Exception:  # a branch on data, a buffer written in place, an operator without a rule …
-                    vmap_works = False  # … or an error of the user's, which will now come up again
-            yield landscape.gradients_of_samples(index, start, stop, vectorized=False)
+def _add_squares(chart: Chart, centre: Tensor, gradients: Tensor, total: Tensor) -> None:
+    """Add the sums over some samples, then the sum of their gradients, to a vector."""
+    deviations = gradients - centre
+    pulled = torch.stack([chart.pull_back(d) for d in deviations])
+    squares = pulled.square().sum(dim=1)
+    sums = [len(gradients), squares.sum(), squares.square().sum(), gradients.square().sum()]
+    total[:_SIZE] += torch.stack([torch.as_tensor(s, dtype=total.dtype, device=total.device) for s in sums])
+    total[_SIZE:] += gradients.sum(dim=0)
 
 
 def _check_mean(gradient: Tensor, mean: Tensor, length: float, tolerance: float) -> None:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_flatness.estimators.layers import linear_layer, offset_of
-from lightning_flatness.estimators.operators import Operator, check_operator
-from lightning_flatness.estimators.trace import TraceMethod, TraceResult, stochastic_trace, with_cost
+from lightning_flatness.estimators.arguments import TraceMethod, check_arguments
+from lightning_flatness.estimators.layers import block_product, linear_layer, offset_of
+from lightning_flatness.estimators.operators import Operator
+from lightning_flatness.estimators.result import Estimate
+from lightning_flatness.estimators.sampling import trace_standard_error
+from lightning_flatness.estimators.trace import stochastic_trace, with_product_error
 from lightning_flatness.landscape import LossLandscape
 
 
@@ -25,44 +28,23 @@ def relative_flatness(
     num_products: int = 48,
     tol: float = 0.1,
     seed: int = 0,
-) -> TraceResult:
+) -> Estimate:
     """Return the relative flatness ``sum_(s,s') <w_s, w_s'> Tr(H_ss')`` of a linear layer at the current weights.
 
-    Costs one gradient and two per product. Memory: the layer's weights three times, and with Hutch++ a quarter of
-    ``num_products`` times.
-
-    Args:
-        landscape: The loss.
-        layer: Name of an ``nn.Linear`` in the module. Default: the last one.
-        operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix.
-        method: ``"hutch++"`` or ``"hutchinson"``.
-        num_products: Products to spend. Exact where ``min(rows, columns) · columns`` is no more than that.
-        tol: Relative standard error at which the result counts as converged.
-        seed: Seed of the probes.
-
-    Returns:
-        The relative flatness with its standard error.
-
-    Raises:
-        ValueError: If there is no linear layer of that name, or an argument is out of range.
+    Arguments, cost and errors as of :class:`lightning_flatness.RelativeFlatness`.
     """
-    check_operator(operator)
+    check_arguments({"operator": operator})
     with landscape.measurement():
         _, module = linear_layer(landscape, layer)
         weight = module.weight.detach()
         left, singular, _ = torch.linalg.svd(weight.to(landscape.dtype), full_matrices=False)
         factor = left * singular
-        start = offset_of(landscape, module.weight)
-        stop = start + weight.numel()
-        product = landscape.ggnvp if operator == "ggn" else landscape.hvp
+        product = block_product(landscape, module.weight, operator)
 
         def matvec(y: Tensor) -> Tensor:
-            v = torch.zeros(landscape.num_parameters, dtype=landscape.dtype, device=landscape.device)
-            v[start:stop] = (factor @ y.view(len(singular), -1)).flatten()
-            pulled_back: Tensor = factor.T @ product(v)[start:stop].view(weight.shape)
+            pulled_back: Tensor = factor.T @ product((factor @ y.view(len(singular), -1)).flatten()).view(weight.shape)
             return pulled_back.flatten()
 
-        spent = landscape.cost.gradient_evaluations
         result = stochastic_trace(
             matvec,
             len(singular) * weight.shape[1],
@@ -73,4 +55,13 @@ def relative_flatness(
             dtype=landscape.dtype,
             device=landscape.device,
         )
-    return with_cost(result, landscape, spent)
+
+        def displacement(y: Tensor) -> Tensor:
+            v = torch.zeros(landscape.num_parameters, dtype=landscape.dtype, device=landscape.device)
+            start = offset_of(landscape, module.weight)
+            v[start : start + weight.numel()] = (factor @ y.view(len(singular), -1)).flatten()
+            return v
+
+        size = len(singular) * weight.shape[1]
+        sampling = trace_standard_error(landscape, displacement, size, float(result.value), operator, seed)
+    return with_product_error(result, landscape, sampling)

@@ -1,32 +1,25 @@
 """The trace of the Hessian, by random probes: Hutchinson's estimator and Hutch++.
 
 For random signs v, ``E[vᵀ A v] = tr A``. Hutch++ first finds the directions that matter most (a few products with
-random vectors, orthonormalised), takes the trace over them exactly, and leaves to the probes what is orthogonal
-to them. Given those directions the probes are independent and unbiased, so their scatter is the error of the whole.
+random vectors, orthonormalised), takes the trace over them exactly, and probes their orthogonal
+complement. Given those directions the probes are independent and unbiased, so their scatter is the error of the whole.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_flatness.estimators.basis import Basis
-from lightning_flatness.estimators.operators import (
-    Operator,
-    check_operator,
-    curvature_product,
-    rademacher,
-    unit_vector,
-)
+from lightning_flatness.estimators.arguments import TraceMethod, check_arguments
+from lightning_flatness.estimators.krylov.basis import Basis
+from lightning_flatness.estimators.operators import Operator, check_finite, curvature_product, rademacher, unit_vector
+from lightning_flatness.estimators.result import Estimate, mean_and_error, scalar_estimate
+from lightning_flatness.estimators.sampling import trace_standard_error
 from lightning_flatness.geometry import Geometry
 from lightning_flatness.landscape import LossLandscape
-
-TraceMethod = Literal["hutch++", "hutchinson"]
 
 _SKETCH_SHARE = 0.25
 """Share of products that look for directions; as many more take the trace over them. Hutch++ has a third; fewer leave
@@ -34,25 +27,6 @@ more probes, so that the standard error is known well."""
 
 _ROUNDING = 16
 """Rounding errors of a sum of products, in units of the machine precision."""
-
-
-@dataclass(frozen=True)
-class TraceResult:
-    """An estimated trace.
-
-    Attributes:
-        value: The trace, a scalar; of an operator without a landscape in float64 on the CPU.
-        standard_error: Its standard error; where every coordinate was probed, what rounding leaves.
-        converged: Whether the standard error reached the tolerance.
-        num_products: Products with the operator.
-        gradient_evaluations: What they cost, in gradients on all samples; zero for an operator without a landscape.
-    """
-
-    value: Tensor
-    standard_error: Tensor
-    converged: bool
-    num_products: int
-    gradient_evaluations: float = 0.0
 
 
 def stochastic_trace(
@@ -65,11 +39,11 @@ def stochastic_trace(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> TraceResult:
+) -> Estimate:
     """Return the trace of a symmetric operator, exactly if ``num_products`` suffices for all its coordinates.
 
     Args:
-        matvec: Product of the operator with a vector of shape (size,); what it returns is overwritten.
+        matvec: Product of the operator with a vector of shape (size,); its result is overwritten.
         size: Dimension.
         method: ``"hutch++"`` or ``"hutchinson"``. Hutch++ keeps a quarter of ``num_products`` vectors in memory.
         num_products: Products to spend.
@@ -90,12 +64,12 @@ def stochastic_trace(
         >>> stochastic_trace(lambda v: diagonal * v, 4).value
         tensor(1., dtype=torch.float64)
     """
-    check_trace_arguments(method, num_products, tol)
+    check_arguments({"method": method, "num_products": num_products, "tol": tol})
     device = torch.device(device)
     if size <= num_products:
         vectors = (unit_vector(size, i, dtype, device) for i in range(size))
         return _result([_quadratic_form(matvec, v) for v in vectors], [], tol, size)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     basis = Basis(num_products, size, dtype, device)
     if method == "hutch++":
         for _ in range(int(_SKETCH_SHARE * num_products)):
@@ -110,6 +84,11 @@ def stochastic_trace(
     return _result(exact, probes, tol, num_products)
 
 
+def num_probes(method: TraceMethod, num_products: int) -> int:
+    """Return how many of the products are probes, if the sketch has full rank: their scatter is the error."""
+    return num_products - 2 * int(_SKETCH_SHARE * num_products) if method == "hutch++" else num_products
+
+
 def hessian_trace(
     landscape: LossLandscape,
     geometry: str | Geometry = "euclidean",
@@ -119,29 +98,13 @@ def hessian_trace(
     num_products: int = 48,
     tol: float = 0.1,
     seed: int = 0,
-) -> TraceResult:
+) -> Estimate:
     """Return the trace of the Hessian (or Gauss-Newton matrix) of ``z -> L(w(z))`` at the current weights.
 
-    Costs one gradient and two per product; Hutch++ keeps ``num_products / 4`` vectors of the size of the weights.
-    Deterministic given ``seed``.
-
-    Args:
-        landscape: The loss.
-        geometry: The coordinates ``z``; see :mod:`lightning_flatness.geometry`.
-        operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix.
-        method: ``"hutch++"`` or ``"hutchinson"``.
-        num_products: Products to spend. Exact if there are no more coordinates than that.
-        tol: Relative standard error at which the result counts as converged.
-        seed: Seed of the probes.
-
-    Returns:
-        The trace with its standard error (the error of finite differences added where those are used).
-
-    Raises:
-        ValueError: If an argument is out of range.
+    Arguments, cost and errors as of :class:`lightning_flatness.HessianTrace`. The error contains that of finite
+    differences. Deterministic given ``seed``.
     """
-    check_operator(operator)
-    spent = landscape.cost.gradient_evaluations
+    check_arguments({"operator": operator})
     with landscape.measurement():
         chart = landscape.chart(geometry)
         result = stochastic_trace(
@@ -154,48 +117,28 @@ def hessian_trace(
             dtype=landscape.dtype,
             device=landscape.device,
         )
-    return with_cost(result, landscape, spent)
-
-
-def with_cost(result: TraceResult, landscape: LossLandscape, spent: float) -> TraceResult:
-    """Return the result of an operator with the landscape's cost since ``spent``, device, dtype and product error."""
-    error = result.standard_error + landscape.product_error * result.value.abs()
-    return TraceResult(
-        result.value.to(landscape.dtype).to(landscape.device),
-        error.to(landscape.dtype).to(landscape.device),
-        result.converged,
-        result.num_products,
-        landscape.cost.gradient_evaluations - spent,
-    )
-
-
-def check_trace_arguments(method: Any, num_products: Any, tol: float) -> None:
-    """Raise an error unless the arguments of a stochastic trace are in range.
-
-    Raises:
-        ValueError: If one is not.
-    """
-    if method not in get_args(TraceMethod):
-        raise ValueError(f"Expected `method` to be 'hutch++' or 'hutchinson', got {method!r}.")
-    if not isinstance(num_products, int) or num_products < 4:
-        raise ValueError(
-            f"Expected `num_products` to be an integer >= 4 (two probes at least give an error), got {num_products!r}."
+        sampling = trace_standard_error(
+            landscape, chart.displacement, chart.num_coordinates, float(result.value), operator, seed
         )
-    if not tol >= 0:
-        raise ValueError(f"Expected `tol` to be >= 0, got {tol}.")
+    return with_product_error(result, landscape, sampling)
 
 
-def mean_and_error(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean of independent samples along the first axis, and its standard error; float64 on the CPU."""
-    samples = samples.cpu().double()
-    if len(samples) < 2:
-        return samples.mean(dim=0), torch.full_like(samples.mean(dim=0), math.nan)
-    return samples.mean(dim=0), samples.std(dim=0) / math.sqrt(len(samples))
+def with_product_error(result: Estimate, landscape: LossLandscape, sampling: float = math.nan) -> Estimate:
+    """Return the estimate of an operator in the landscape's dtype, with the errors of its products and samples."""
+    error = float(result.error + landscape.product_error * result.value.abs())
+    return scalar_estimate(
+        landscape,
+        float(result.value),
+        error,
+        converged=result.converged,
+        num_products=result.num_products,
+        standard_error=math.hypot(error, sampling),
+    )
 
 
 def _extend(basis: Basis, vector: Tensor) -> None:
     """Add a direction to the basis unless rounding is all that sticks out."""
-    _check_finite(vector)
+    check_finite(vector)
     norm = torch.linalg.vector_norm(vector)
     _, remainder, remaining = basis.orthogonalize(vector)
     if remaining > 64 * torch.finfo(vector.dtype).eps * norm:
@@ -204,27 +147,19 @@ def _extend(basis: Basis, vector: Tensor) -> None:
 
 def _quadratic_form(matvec: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
     product = matvec(v)
-    _check_finite(product)
+    check_finite(product)
     form = torch.dot(v, product).cpu().double()
     # What rounding may have done to the form: it is a sum of terms that may cancel.
     rounding = torch.linalg.vector_norm(v) * torch.linalg.vector_norm(product) * torch.finfo(v.dtype).eps
     return torch.stack([form, rounding.cpu().double()])
 
 
-def _check_finite(product: Tensor) -> None:
-    if not torch.isfinite(product).all():
-        raise RuntimeError(
-            "Expected finite Hessian-vector products, got one that is not. Check the gradient of the loss at the "
-            "current weights (e.g. a square root or a norm at zero), or measure in float64."
-        )
-
-
-def _result(exact: list[Tensor], probes: list[Tensor], tol: float, num_products: int) -> TraceResult:
-    value = error = torch.zeros((), dtype=torch.float64)
+def _result(exact: list[Tensor], probes: list[Tensor], tol: float, num_products: int) -> Estimate:
+    value = error = torch.zeros((), dtype=torch.float64, device="cpu")
     if exact:
         forms, rounding = torch.stack(exact).unbind(dim=1)
         value, error = forms.sum(), _ROUNDING * torch.linalg.vector_norm(rounding)
     if probes:
         (mean, rounding), (standard_error, _) = mean_and_error(torch.stack(probes))
         value, error = value + mean, torch.hypot(error, torch.hypot(standard_error, _ROUNDING * rounding))
-    return TraceResult(value, error, bool(error <= tol * value.abs()), num_products)
+    return Estimate(value, error, bool(error <= tol * value.abs()), num_products)

@@ -1,12 +1,10 @@
-"""What a geometry is: a chart ``z -> w(z)`` around the current weights, frozen while something is measured.
+"""Base classes of geometries and charts. A chart ``z -> w(z)`` is frozen at the current weights.
 
-A flatness measure is a property of ``z -> L(w(z))`` with ordinary Euclidean distance in ``z``. So a chart
-has to carry three things across: a displacement (``z`` to weights), a gradient (weights to ``z``) and a
-Hessian-vector product. Estimators see only ``z``.
+A flatness measure is a property of ``z -> L(w(z))`` with ordinary Euclidean distance in ``z``. A chart therefore maps
+displacements (``z`` to weights), gradients (weights to ``z``) and Hessian-vector products. Estimators see only ``z``.
 
-A chart need not be linear. Then the derivative of ``w(z)`` depends on where it is taken, so a gradient away from
-``z = 0`` is pulled back by ``pull_back_at``, and the chart's own curvature adds the gradient of the loss to its
-Hessian: ``Jᵀ H J + sum_k g_k d²w_k``.
+A chart may be nonlinear. Its derivative then depends on ``z``: ``pull_back_at`` maps a gradient away from ``z = 0``,
+and the Hessian in ``z`` gains a term from the curvature of the chart: ``Jᵀ H J + sum_k g_k d²w_k``.
 """
 
 from __future__ import annotations
@@ -14,6 +12,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,27 +34,27 @@ class Chart(ABC):
 
     @abstractmethod
     def displacement(self, z: Tensor) -> Tensor:
-        """Return ``w(z) - w0``, the flat change of the weights that belongs to the coordinates ``z``."""
+        """Return ``w(z) - w0`` as a flat vector."""
 
     @abstractmethod
     def coordinates(self, displacement: Tensor) -> Tensor:
-        """Return the ``z`` with ``w(z) - w0`` equal to a flat change of the weights: the inverse of ``displacement``.
+        """Return the ``z`` that produces a given flat change of the weights: the inverse of ``displacement``.
 
         Raises:
-            ValueError: If no coordinates lead there.
+            ValueError: If no coordinates produce this change.
         """
 
     @abstractmethod
     def push_forward(self, v: Tensor) -> Tensor:
-        """Return ``J v``, the velocity of the weights when ``z`` moves through 0 with the velocity ``v``."""
+        """Return ``J v`` with the derivative ``J`` of ``w(z)`` at ``z = 0``."""
 
     @abstractmethod
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """Return the gradient in ``z`` at ``z = 0`` of a function whose flat gradient in the weights is given."""
+        """Return ``Jᵀ g``: the gradient in ``z`` at ``z = 0``, given the flat gradient in the weights."""
 
     @abstractmethod
     def pull_back_at(self, z: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient in ``z`` at any ``z`` of a function whose flat gradient at ``w(z)`` is given."""
+        """Return the gradient in ``z`` at any ``z``, given the flat gradient at ``w(z)``."""
 
     @abstractmethod
     def hvp(
@@ -64,29 +65,54 @@ class Chart(ABC):
         Args:
             weight_hvp: The product of the Hessian in the weights with a flat vector.
             v: Vector of shape (num_coordinates,).
-            gradient: Returns the flat gradient in the weights; called by nonlinear charts only, after ``weight_hvp``.
-                None leaves the curvature of the chart out, as the Gauss-Newton matrix does.
+            gradient: Returns the flat gradient in the weights. Only nonlinear charts call it, after ``weight_hvp``.
+                None omits the curvature of the chart, as the Gauss-Newton matrix does.
 
         Returns:
             Vector of shape (num_coordinates,).
         """
 
 
-class Geometry(ABC):
-    """A named family of charts, one for every module and every point in its weight space.
+class UndefinedGeometryError(ValueError):
+    """The geometry is not defined for this module; others are."""
+
+
+@dataclass(frozen=True)
+class FirstBatch:
+    """The loss of a batch, for geometries that look at what the module computes.
 
     Attributes:
-        name: The word a user types, as in ``TopEigenvalues(geometry="layer")``.
+        loss_fn: ``loss_fn(module, batch)``.
+        batch: The batch. It is not changed.
+        num_samples: How many samples it holds.
+        guard: Makes a context in which the loss may run with the module itself. None: a copy in evaluation mode.
+    """
+
+    loss_fn: Callable[[nn.Module, Any], Any]
+    batch: Any
+    num_samples: int
+    guard: Callable[[], AbstractContextManager[None]] | None = None
+
+
+class Geometry(ABC):
+    """A named family of charts: one chart per module and point in weight space.
+
+    Attributes:
+        name: Its name, as in ``TopEigenvalues(geometry="layer")``.
+        follows_loss: Whether it needs :meth:`for_loss`.
+        needs_whole_weights: Whether several weights determine the scale of one, in a way that shards cannot.
     """
 
     name: str
+    follows_loss: bool = False
+    needs_whole_weights: bool = False
 
     @abstractmethod
     def chart(self, module: nn.Module, parameters: Sequence[Tensor], dtype: torch.dtype) -> Chart:
         """Freeze the coordinates at the current values of ``parameters``.
 
         Args:
-            module: The module whose parameters these are; tells e.g. which axis of a tensor is the output.
+            module: The module of the parameters. Its layers tell which axis of a tensor is the output.
             parameters: The trainable tensors of ``module``, each once, in the order of flat vectors.
             dtype: The dtype of flat vectors.
 
@@ -95,10 +121,14 @@ class Geometry(ABC):
         """
 
     def for_optimizer(self, optimizer: Optimizer | Sequence[Optimizer] | None) -> Geometry:
-        """Return the geometry to use where ``optimizer`` trains the module; the same for all but ``"optimizer"``.
+        """Return the geometry bound to the optimizer that trains the module. Only ``"optimizer"`` depends on it."""
+        return self
+
+    def for_loss(self, first: FirstBatch | None) -> Geometry:
+        """Return the geometry bound to a loss. Only ``"path_norm"`` depends on it.
 
         Args:
-            optimizer: What trains the module, if that is known.
+            first: The loss on the first batch; None on a rank without batches.
 
         Returns:
             The geometry.
@@ -109,12 +139,34 @@ class Geometry(ABC):
         return f"{type(self).__name__}()"
 
 
-class LinearChart(Chart):
-    """The chart ``w = w0 + S z`` with a diagonal ``S``; the Hessian in ``z`` is ``S H S``.
+class SymmetricChart(Chart):
+    """A chart ``w = w0 + S z`` with a symmetric ``S``, which :meth:`displacement` applies; its Hessian is ``S H S``."""
+
+    def push_forward(self, v: Tensor) -> Tensor:
+        """Return ``S v``."""
+        return self.displacement(v)
+
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """Return ``S g``: ``S`` is symmetric."""
+        return self.displacement(gradient)
+
+    def pull_back_at(self, z: Tensor, gradient: Tensor) -> Tensor:
+        """Return ``S g`` at every ``z``."""
+        return self.displacement(gradient)
+
+    def hvp(
+        self, weight_hvp: Callable[[Tensor], Tensor], v: Tensor, *, gradient: Callable[[], Tensor] | None
+    ) -> Tensor:
+        """Return ``S H S v``."""
+        return self.displacement(weight_hvp(self.displacement(v)))
+
+
+class LinearChart(SymmetricChart):
+    """The chart ``w = w0 + S z`` with a diagonal ``S``.
 
     Args:
         scale: The diagonal of ``S`` as a flat vector, or None for the identity.
-        num_coordinates: Length of ``z``, which is the number of parameters.
+        num_coordinates: Length of ``z``: the number of parameters.
     """
 
     def __init__(self, scale: Tensor | None, num_coordinates: int) -> None:
@@ -129,7 +181,7 @@ class LinearChart(Chart):
         """Return ``S^-1 displacement``.
 
         Raises:
-            ValueError: If a weight is to change whose scale is zero: it cannot move in this geometry.
+            ValueError: If a weight of scale zero would change: it cannot move in this geometry.
         """
         if self.scale is None:
             return displacement
@@ -141,36 +193,38 @@ class LinearChart(Chart):
             )
         return displacement / self.scale.masked_fill(fixed, 1)
 
-    def push_forward(self, v: Tensor) -> Tensor:
-        """Return ``S v``."""
-        return self.displacement(v)
-
-    def pull_back(self, gradient: Tensor) -> Tensor:
-        """Return ``S g``."""
-        return gradient if self.scale is None else self.scale * gradient
-
-    def pull_back_at(self, z: Tensor, gradient: Tensor) -> Tensor:
-        """Return ``S g``, wherever ``z`` is."""
-        return self.pull_back(gradient)
-
-    def hvp(
-        self, weight_hvp: Callable[[Tensor], Tensor], v: Tensor, *, gradient: Callable[[], Tensor] | None
-    ) -> Tensor:
-        """Return ``S H S v``."""
-        return self.pull_back(weight_hvp(self.displacement(v)))
-
 
 class LinearGeometry(Geometry):
-    """A geometry with the chart ``w = w0 + S z``; a subclass says what the diagonal of ``S`` is, tensor by tensor.
+    """A geometry with the chart ``w = w0 + S z``. A subclass defines the diagonal of ``S``, tensor by tensor.
 
-    A block of zero norm gets scale 0: it cannot move, contributes nothing and is never a NaN.
+    A block of zero norm has scale 0: it cannot move and contributes nothing.
     """
 
     @abstractmethod
     def scales(self, module: nn.Module, parameters: Sequence[Tensor]) -> list[Tensor] | None:
         """Return one tensor per parameter, broadcastable to its shape; None stands for ones."""
 
-    def chart(self, module: nn.Module, parameters: Sequence[Tensor], dtype: torch.dtype) -> LinearChart:
+    def multiplier(self, module: nn.Module, parameters: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], None] | None:
+        """Return what multiplies tensors, one per parameter, by ``S`` in place; None if ``S`` is the identity.
+
+        Args:
+            module: The module of the parameters.
+            parameters: Some of its trainable tensors.
+
+        Returns:
+            The function.
+        """
+        scales = self.scales(module, parameters)
+        if scales is None:
+            return None
+
+        def multiply_(tensors: Sequence[Tensor]) -> None:
+            for tensor, scale in zip(tensors, scales, strict=True):
+                tensor.mul_(scale)
+
+        return multiply_
+
+    def chart(self, module: nn.Module, parameters: Sequence[Tensor], dtype: torch.dtype) -> Chart:
         """Freeze the scales at the current values of ``parameters``."""
         num_coordinates = sum(p.numel() for p in parameters)
         with torch.no_grad():

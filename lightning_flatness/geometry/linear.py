@@ -1,4 +1,4 @@
-"""The geometries that rescale the weights: per tensor, per output unit, per entry, or not at all."""
+"""Geometries that scale the weights by their norms: per tensor, per output unit, per entry, or not at all."""
 
 from __future__ import annotations
 

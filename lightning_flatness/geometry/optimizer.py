@@ -12,10 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import Optimizer
 
 from lightning_flatness.geometry.base import Geometry, LinearGeometry
-from lightning_flatness.sharding import sharded_form, whole
+from lightning_flatness.geometry.known_optimizers import (
+    KNOWN_OPTIMIZERS,
+    is_preconditioned,
+    known_optimizer,
+    unwrapped_optimizers,
+)
+from lightning_flatness.module.sharding import sharded_form, whole
 
 
 class MissingOptimizerStateError(ValueError):
@@ -44,7 +50,7 @@ class OptimizerGeometry(LinearGeometry):
     Example:
         >>> from lightning_flatness import LossLandscape, OptimizerGeometry, TopEigenvalues
         >>> module = torch.nn.Linear(1, 1, bias=False)
-        >>> optimizer = Adam(module.parameters(), eps=0.0)
+        >>> optimizer = torch.optim.Adam(module.parameters(), eps=0.0)
         >>> module(torch.tensor([4.0])).backward()
         >>> optimizer.step()  # after one step v_hat is the gradient squared: P = 4
         >>> landscape = LossLandscape(module, [torch.tensor([[1.0]])], lambda m, x: m(x).square().mean())
@@ -74,7 +80,7 @@ class OptimizerGeometry(LinearGeometry):
             )
         held = {id(p): (each, g) for each in self.optimizers for g in each.param_groups for p in g["params"]}
         own = [sharded_form(p) for p in parameters]
-        if all(id(p) in held and isinstance(held[id(p)][0], SGD) for p in own):
+        if all(id(p) in held and not is_preconditioned(held[id(p)][0]) for p in own):
             return None
         diagonals = [_preconditioner(*held[id(p)], p) if id(p) in held else None for p in own]
         if all(d is None for d in diagonals):
@@ -98,54 +104,22 @@ class OptimizerGeometry(LinearGeometry):
         return f"OptimizerGeometry({', '.join(names)})"
 
 
-def unwrapped_optimizers(optimizer: Any) -> list[Optimizer]:
-    """Return the optimizers of torch inside one optimizer or several, without wrappers such as Lightning's or SAM.
-
-    Args:
-        optimizer: An optimizer, something that holds one as ``optimizer`` or ``base_optimizer``, or a sequence.
-
-    Returns:
-        The innermost optimizers.
-
-    Raises:
-        TypeError: If it is none of those.
-    """
-    if isinstance(optimizer, list | tuple):
-        return [inner for each in optimizer for inner in unwrapped_optimizers(each)]
-    for attribute in ("base_optimizer", "optimizer"):
-        inner = getattr(optimizer, attribute, None)
-        if isinstance(inner, Optimizer):
-            return unwrapped_optimizers(inner)
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"Expected a torch.optim.Optimizer, or several in a list, got {type(optimizer).__name__}.")
-    return [optimizer]
-
-
 def _check_supported(optimizer: Optimizer) -> None:
-    if not isinstance(optimizer, SGD | Adam | AdamW | RMSprop | Adagrad):
+    if known_optimizer(optimizer) is None:
+        *others, last = (kind.__name__ for kind in KNOWN_OPTIMIZERS)
         raise TypeError(
-            "Expected one of SGD, Adam, AdamW, RMSprop and Adagrad for the geometry 'optimizer', got "
+            f"Expected one of {', '.join(others)} and {last} for the geometry 'optimizer', got "
             f"{type(optimizer).__name__}, whose preconditioner is not known. Use another geometry."
         )
 
 
 def _preconditioner(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Tensor | None:
     """Return the diagonal of P for one tensor, as torch computes it in ``step``; None before the first step."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    if isinstance(optimizer, SGD):
-        return torch.ones_like(parameter, dtype=dtype)
+    known = known_optimizer(optimizer)
+    assert known is not None
+    if known.squares is None:
+        return torch.ones_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
     state = optimizer.state.get(parameter, {})
-    step = float(state.get("step", 0))
-    if step == 0:
+    if float(state.get("step", 0)) == 0:
         return None
-    second: Tensor
-    if isinstance(optimizer, Adam | AdamW):
-        second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].detach().to(dtype)
-        second = second / (1 - float(group["betas"][1]) ** step)
-    elif isinstance(optimizer, Adagrad):
-        second = state["sum"].detach().to(dtype)
-    else:
-        second = state["square_avg"].detach().to(dtype)
-        if group["centered"]:
-            second = (second - state["grad_avg"].detach().to(dtype).square()).clamp_min(0)
-    return second.sqrt() + float(group["eps"])
+    return known.squares(state, group).sqrt() + float(group["eps"])

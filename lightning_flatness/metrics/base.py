@@ -1,16 +1,41 @@
-"""What all flatness metrics share: ``update(landscape)`` measures, ``compute()`` returns the latest value."""
+"""Base class of the flatness metrics: ``update(landscape)`` measures, ``compute()`` returns the latest value.
+
+A subclass has a constructor, which passes its settings on, and the estimator that takes them. If its value is more than
+one number, it also names the curves.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from abc import abstractmethod
-from typing import Any, ClassVar
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
+from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from lightning_flatness.estimators.arguments import check_arguments
+from lightning_flatness.estimators.stability import LearningRates
+from lightning_flatness.geometry import resolve_geometry
 from lightning_flatness.landscape import LossLandscape
+
+
+class Curve(NamedTuple):
+    """A point of a curve: its name in the logs, the value, its numerical error, and that for the whole training set."""
+
+    name: str
+    value: float
+    error: float
+    standard_error: float = math.nan
+
+
+def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor by name, given its ``locals()``."""
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
 
 
 def latest(states: Tensor) -> Tensor:
@@ -27,39 +52,71 @@ class FlatnessMetric(Metric):
 
     Args:
         shape: Shape of the value.
+        settings: The arguments of the estimator. Each becomes an attribute of the same name (``num_products``, the name
+            of a result, becomes ``max_products``).
 
     Attributes:
-        error: The error of the value, of the same shape and in the same units: a residual or a standard error.
+        error: The numerical error of the value, of the same shape and in the same units: how far it is from the truth
+            about *these samples*. A residual, or the scatter of random probes; more work makes it smaller.
+        standard_error: How far the value is from the truth about the *whole training set* that the samples were drawn
+            from: what the choice of samples makes, and random probes. More samples make it smaller. It is mostly the
+            larger of the two. Not a number where it is not known: below 8 samples, in low precision, for the
+            Gauss-Newton matrix.
         converged: Whether the estimator reached its tolerance.
         num_products: Hessian-vector products of the latest measurement.
-        gradient_evaluations: What the latest measurement cost, in gradients of the loss on all samples.
-        error_name: ``"residual"`` or ``"standard_error"``: what kind of error it is, as it is called in logs.
+        gradient_evaluations: Cost of the latest measurement, in gradients of the loss on all samples.
+        estimator: ``estimator(landscape, **settings)`` returns an :class:`Estimate`.
+        least: The smallest values of counts where the estimator needs more than others.
+        error_name: ``"residual"``, ``"numerical_error"`` or ``"first_order_gap"``: what ``error`` is called in logs.
         effort: The argument to raise where the metric does not converge.
+
+    Raises:
+        ValueError: If a setting is out of range.
     """
 
     full_state_update = False
     higher_is_better = False
     is_differentiable = False
+    estimator: ClassVar[Callable[..., Any]]
+    least: ClassVar[dict[str, int]] = {}
     error_name: ClassVar[str] = "residual"
     effort: ClassVar[str] = "max_products"
 
     value: Tensor
     error: Tensor
+    standard_error: Tensor
     converged: Tensor
     num_products: Tensor
     gradient_evaluations: Tensor
 
-    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, *, shape: tuple[int, ...] = (), **settings: Any) -> None:
+        check_arguments(settings, self.least)
         super().__init__(sync_on_compute=False)
-        self.add_state("value", torch.full(shape, torch.nan), dist_reduce_fx=latest)
-        self.add_state("error", torch.full(shape, torch.nan), dist_reduce_fx=latest)
-        self.add_state("converged", torch.tensor(False), dist_reduce_fx=latest)
-        self.add_state("num_products", torch.tensor(0), dist_reduce_fx=latest)
-        self.add_state("gradient_evaluations", torch.tensor(0.0), dist_reduce_fx=latest)
+        if "geometry" in settings:
+            settings["geometry"] = resolve_geometry(settings["geometry"])
+        self._names = tuple(settings)
+        for name, value in settings.items():
+            setattr(self, _attribute(name), value)
+        unknown = torch.full(shape, torch.nan, device=self.device)
+        self._add_states(value=unknown, error=unknown.clone(), standard_error=unknown.clone())
+        self._add_states(converged=False, num_products=0, gradient_evaluations=0.0)
+        # A MetricCollection takes metrics with equal states for one, so the states have to tell the settings apart.
+        digest = hashlib.sha256(repr((type(self).__name__, *settings.values())).encode()).digest()
+        self._add_states(fingerprint=list(digest))
 
-    @abstractmethod
-    def measure(self, landscape: LossLandscape) -> None:
-        """Measure and store the result with :meth:`store`."""
+    def _add_states(self, **states: Any) -> None:
+        for name, value in states.items():
+            self.add_state(name, torch.as_tensor(value, device=self.device), dist_reduce_fx=latest)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the estimator."""
+        return {name: getattr(self, _attribute(name)) for name in self._names}
+
+    def extra_repr(self) -> str:
+        """Return the arguments of the constructor with their values, for ``repr``."""
+        names = inspect.signature(type(self)).parameters
+        return ", ".join(f"{name}={getattr(self, _attribute(name))!r}" for name in names)
 
     def update(self, landscape: LossLandscape) -> None:
         """Measure at the current weights of the landscape's module.
@@ -77,43 +134,94 @@ class FlatnessMetric(Metric):
             )
         spent = landscape.cost.gradient_evaluations
         with landscape.measurement():
-            self.measure(landscape)
+            result = self.estimate(landscape)
+        self.store(result, landscape.dtype)
         spent = landscape.cost.gradient_evaluations - spent
         self.gradient_evaluations = torch.tensor(spent, dtype=torch.float32, device=self.device)
+
+    def estimate(self, landscape: LossLandscape) -> Any:
+        """Return the result of the estimator with the settings of this metric."""
+        return self.estimator(landscape, **self.settings)
+
+    def store(self, result: Any, dtype: torch.dtype) -> None:
+        """Keep the result of a measurement.
+
+        Args:
+            result: What the estimator has found: an :class:`Estimate`, or more.
+            dtype: Of the values.
+        """
+        self.value = result.value.to(dtype).to(self.device)
+        self.error = result.error.to(dtype).to(self.device)
+        known = result.standard_error
+        unknown = torch.full_like(self.value, math.nan)
+        self.standard_error = unknown if known is None else known.to(dtype).to(self.device)
+        self.converged = torch.tensor(result.converged, device=self.device)
+        self.num_products = torch.tensor(result.num_products, device=self.device)
 
     def compute(self) -> Tensor:
         """Return the value of the latest measurement."""
         return self.value
 
-    def store(self, value: Tensor, error: Tensor, *, converged: bool, num_products: int) -> None:
-        """Keep the result of a measurement.
+    # ------------------------------------------------------------------------------------------- curves and pictures
+
+    def curves(self, name: str) -> list[Curve]:
+        """Return the latest points of the curves of this metric.
 
         Args:
-            value: What ``compute`` is to return.
-            error: Its error, of the same shape.
-            converged: Whether the tolerance was reached.
-            num_products: Hessian-vector products it took.
+            name: The name of the metric in the logs.
+
+        Returns:
+            A point per curve.
         """
-        self.value, self.error = value.to(self.device), error.to(self.device)
-        self.converged = torch.tensor(converged, device=self.device)
-        self.num_products = torch.tensor(num_products, device=self.device)
+        return [Curve(name, float(self.value), float(self.error), float(self.standard_error))]
 
-    def scalars(self) -> list[tuple[str, float, float]]:
-        """Return what is worth a curve: pairs of value and error, each with what to put behind the metric's name."""
-        pairs = zip(self.value.flatten().tolist(), self.error.flatten().tolist(), strict=True)
-        return [("" if i == 1 else f"_{i}", value, error) for i, (value, error) in enumerate(pairs, start=1)]
+    def headline(self, name: str) -> str | None:
+        """Return the name of the curve that sums up a run; None if there is none."""
+        return name
 
-    def distinguish(self, *settings: Any) -> None:
-        """Tell metrics of other settings apart, although their values may happen to agree.
-
-        A ``MetricCollection`` takes metrics with equal states for one and updates only the first. A state that
-        depends on the settings prevents that.
+    def charts(self, name: str, optimizers: Sequence[Optimizer]) -> dict[str, list[str]]:
+        """Return the charts of a page with several curves in one, in the order in which they are to be seen.
 
         Args:
-            settings: What the value depends on beside the landscape.
+            name: The name of the metric in the logs.
+            optimizers: What trains the module.
+
+        Returns:
+            Names of curves by the title of the chart.
         """
-        digest = hashlib.sha256(repr((type(self).__name__, *settings)).encode()).digest()
-        self.add_state("settings", torch.tensor(list(digest)), dist_reduce_fx=latest)
+        if not math.isnan(self.stability_edge(optimizers)):
+            return {f"edge of stability: {name}": [name, "stability_edge"]}
+        return {} if self.headline(name) is None else {name: [name]}
+
+    def stability_edge(
+        self,
+        optimizers: Sequence[Optimizer],  # noqa: ARG002
+        learning_rates: LearningRates | None = None,  # noqa: ARG002
+    ) -> float:
+        """Return the value above which steps of the optimizers diverge; not a number if the value has no such edge."""
+        return math.nan
+
+    def references(
+        self,
+        name: str,  # noqa: ARG002
+        optimizers: Sequence[Optimizer],  # noqa: ARG002
+        learning_rates: LearningRates | None = None,  # noqa: ARG002
+    ) -> dict[str, float]:
+        """Return what else the value is compared with, as curves of their own.
+
+        Args:
+            name: The name of the metric in the logs.
+            optimizers: What trains the module.
+            learning_rates: Those of the step just taken.
+
+        Returns:
+            Values by the name of the curve.
+        """
+        return {}
+
+    def figure(self) -> Figure | None:
+        """Return a picture of the latest measurement; None where curves say it all."""
+        return None
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw one value or a sequence of values.
@@ -126,3 +234,7 @@ class FlatnessMetric(Metric):
             The figure and the axis.
         """
         return self._plot(val, ax)
+
+
+def _attribute(setting: str) -> str:
+    return "max_products" if setting == "num_products" else setting

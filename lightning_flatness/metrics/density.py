@@ -10,14 +10,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_flatness.estimators import Operator, spectral_density
-from lightning_flatness.estimators.density import NUM_MOMENTS, check_density_arguments
-from lightning_flatness.estimators.operators import check_operator
-from lightning_flatness.geometry import Geometry, resolve_geometry
-from lightning_flatness.landscape import LossLandscape
-from lightning_flatness.metrics.base import FlatnessMetric, latest
+from lightning_flatness.estimators.density import LEAST, NUM_MOMENTS
+from lightning_flatness.geometry import Geometry
+from lightning_flatness.metrics.base import Curve, FlatnessMetric, arguments
 
 _FLOOR = 1e-7
-"""What is drawn of the density, relative to its peak."""
+"""The lowest density drawn, relative to the peak."""
 
 
 class SpectralDensity(FlatnessMetric):
@@ -26,7 +24,7 @@ class SpectralDensity(FlatnessMetric):
     Estimates ``rho(x) = 1/n sum_i N(x; lambda_i, sigma²)`` over a grid by stochastic Lanczos quadrature
     (arXiv 1901.10159): the average over ``num_runs`` random vectors of the quadratures that ``num_steps`` Lanczos steps
     from each give. The density integrates to one; it is per coordinate ``z`` of the geometry, and has its invariances.
-    The errors are the standard errors over the runs; what the smoothing hides is not in them.
+    The errors are the standard errors over the runs, without the error of the smoothing.
 
     ``compute()`` returns the density over :attr:`grid`. Beside it there are the moments ``tr(H^p)/n`` and the share of
     negative eigenvalues; in the ``FlatnessMonitor`` those are the curves, and the density is an image.
@@ -48,9 +46,11 @@ class SpectralDensity(FlatnessMetric):
     Attributes:
         grid: Where the density is given, shape (num_points,), in units of eigenvalues.
         moments: ``tr(H^p)/n`` for p = 1 … 4, of the eigenvalues themselves.
-        moment_errors: Their standard errors.
+        moment_errors: Their standard errors over the random vectors; ``converged`` is about the density, not them.
+        moment_standard_errors: Those of the first two for the whole training set.
         negative_share: Share of the eigenvalues below zero (beyond rounding).
-        negative_share_error: Its standard error, and what so many steps leave open about eigenvalues around zero.
+        negative_share_error: Its standard error, and what so many steps leave open about eigenvalues around zero. Read
+            the share as the interval from it less to it plus this: by itself it can be several times too large.
         num_runs_used: Random vectors behind the values; 0 where they are exact.
 
     Raises:
@@ -69,15 +69,19 @@ class SpectralDensity(FlatnessMetric):
         torch.Size([256])
     """
 
-    error_name = "standard_error"
+    error_name = "numerical_error"
     effort = "num_runs"
+    estimator = staticmethod(spectral_density)
+    least = LEAST
 
     grid: Tensor
     moments: Tensor
     moment_errors: Tensor
+    moment_standard_errors: Tensor
     negative_share: Tensor
     negative_share_error: Tensor
     num_runs_used: Tensor
+    num_steps: int
 
     def __init__(
         self,
@@ -90,55 +94,30 @@ class SpectralDensity(FlatnessMetric):
         tol: float = 0.2,
         seed: int = 0,
     ) -> None:
-        check_operator(operator)
-        check_density_arguments(num_runs, num_steps, num_points, width, tol)
-        super().__init__(shape=(num_points,))
-        self.geometry = resolve_geometry(geometry)
-        self.operator: Operator = operator
-        self.num_runs = num_runs
-        self.num_steps = num_steps
-        self.num_points = num_points
-        self.width = width
-        self.tol = tol
-        self.seed = seed
-        for name, shape in [
-            ("grid", (num_points,)),
-            ("moments", (NUM_MOMENTS,)),
-            ("moment_errors", (NUM_MOMENTS,)),
-            ("negative_share", ()),
-            ("negative_share_error", ()),
-        ]:
-            self.add_state(name, torch.full(shape, torch.nan), dist_reduce_fx=latest)
-        self.add_state("num_runs_used", torch.tensor(0), dist_reduce_fx=latest)
-        self.distinguish(self.geometry, operator, num_runs, num_steps, num_points, width, tol, seed)
+        super().__init__(shape=(num_points,), **arguments(locals()))
+        self._add_states(grid=[torch.nan] * num_points, negative_share=torch.nan, negative_share_error=torch.nan)
+        self._add_states(moments=[torch.nan] * NUM_MOMENTS, moment_errors=[torch.nan] * NUM_MOMENTS, num_runs_used=0)
+        self._add_states(moment_standard_errors=[torch.nan] * 2)
 
-    def measure(self, landscape: LossLandscape) -> None:
-        """Estimate the density."""
-        result = spectral_density(
-            landscape,
-            self.geometry,
-            operator=self.operator,
-            num_runs=self.num_runs,
-            num_steps=self.num_steps,
-            num_points=self.num_points,
-            width=self.width,
-            tol=self.tol,
-            seed=self.seed,
-        )
-        self.store(
-            result.density.to(landscape.dtype),
-            result.density_errors.to(landscape.dtype),
-            converged=result.converged,
-            num_products=result.num_products,
-        )
-        for name in ("grid", "moments", "moment_errors", "negative_share", "negative_share_error"):
-            setattr(self, name, getattr(result, name).to(landscape.dtype).to(self.device))
+    def store(self, result: Any, dtype: torch.dtype) -> None:
+        """Keep the density, the moments and the share of negative eigenvalues."""
+        super().store(result, dtype)
+        moments = ("moments", "moment_errors", "moment_standard_errors")
+        for name in ("grid", *moments, "negative_share", "negative_share_error"):
+            setattr(self, name, getattr(result, name).to(dtype).to(self.device))
         self.num_runs_used = torch.tensor(result.num_runs, device=self.device)
 
-    def scalars(self) -> list[tuple[str, float, float]]:
+    def curves(self, name: str) -> list[Curve]:
         """Return the share of negative eigenvalues and the first two moments: mean and mean square."""
-        moments = zip(("_mean", "_mean_square"), self.moments.tolist(), self.moment_errors.tolist(), strict=False)
-        return [("_negative_share", float(self.negative_share), float(self.negative_share_error)), *moments]
+        values = [self.negative_share, *self.moments[:2]]
+        errors = [self.negative_share_error, *self.moment_errors[:2]]
+        standard_errors = [torch.full_like(self.negative_share, torch.nan), *self.moment_standard_errors]
+        names = [f"{name}_{what}" for what in ("negative_share", "mean", "mean_square")]
+        numbers = torch.stack([torch.stack(row).cpu() for row in (values, errors, standard_errors)], dim=1).tolist()
+        return [Curve(curve, *point) for curve, point in zip(names, numbers, strict=True)]
+
+    def headline(self, name: str) -> None:
+        """Return None: the density is a picture."""
 
     def figure(self) -> Figure:
         """Return a picture of the latest density, on a logarithmic axis, with its standard error.
@@ -146,9 +125,7 @@ class SpectralDensity(FlatnessMetric):
         Returns:
             A figure of matplotlib, made without pyplot.
         """
-        figure = Figure(figsize=(5, 3.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        self._draw(figure.subplots(), self.value)
+        figure: Figure = self.plot()[0]
         return figure
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:

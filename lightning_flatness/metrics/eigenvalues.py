@@ -2,17 +2,69 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_flatness.estimators import EigenResult, Operator, Which, top_eigenvalues
-from lightning_flatness.estimators.krylov import mixed
-from lightning_flatness.estimators.operators import check_operator
-from lightning_flatness.geometry import Geometry, resolve_geometry
+from lightning_flatness.estimators import (
+    TOLERANCE,
+    Estimate,
+    LearningRates,
+    Operator,
+    Which,
+    stability_edge,
+    top_eigenvalues,
+)
+from lightning_flatness.estimators.krylov.basis import mixed
+from lightning_flatness.estimators.sampling import eigenvalue_standard_errors
+from lightning_flatness.geometry import Euclidean, Geometry, OptimizerGeometry, is_preconditioned
 from lightning_flatness.landscape import LossLandscape
-from lightning_flatness.metrics.base import FlatnessMetric
+from lightning_flatness.metrics.base import Curve, FlatnessMetric, arguments
 
 
-class TopEigenvalues(FlatnessMetric):
+class EigenvalueMetric(FlatnessMetric):
+    """A metric of eigenvalues. A measurement starts from the eigenvectors of the previous one."""
+
+    estimator = staticmethod(top_eigenvalues)
+
+    k: int
+    geometry: Geometry
+    which: Which
+    operator: Operator
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._previous: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget the latest value, and its eigenvectors as a start of the next measurement."""
+        super().reset()
+        self._previous = None
+
+    def estimate(self, landscape: LossLandscape) -> Estimate:
+        """Find the eigenvalues."""
+        result = self.estimator(landscape, start=self._previous, **self.settings)
+        self._previous = mixed(result.subspace, self.k)  # all that a start takes from them, in the memory of one
+        errors = None
+        if self.operator == "hessian":
+            chart = landscape.chart(self.geometry)
+            errors = eigenvalue_standard_errors(landscape, chart, result.eigenvalues, result.eigenvectors)
+        found = Estimate(
+            result.eigenvalues, result.residuals, result.converged, result.num_products, standard_error=errors
+        )
+        return self.summarized(found)
+
+    def summarized(self, estimate: Estimate) -> Estimate:
+        """Return the value of the metric, given the eigenvalues and their residuals."""
+        return estimate
+
+
+class TopEigenvalues(EigenvalueMetric):
     r"""The largest eigenvalues of the Hessian of the loss at the current weights; the first is lambda_max.
 
     Eigenvalues ``theta_1 >= ... >= theta_k`` of the second derivative of ``z -> L(w(z))`` at ``z = 0``, by Lanczos.
@@ -28,8 +80,8 @@ class TopEigenvalues(FlatnessMetric):
         k: Number of eigenvalues.
         geometry: ``"euclidean"``, ``"layer"``, ``"filter"``, ``"element"``, or a ``Geometry``.
         which: ``"LA"``: largest; ``"SA"``: most negative; ``"LM"``: of largest modulus.
-        tol: Relative residual ``‖H y - theta y‖ / |theta|`` to reach. The relative error of the eigenvalue is mostly
-            far smaller, of the order of its square.
+        tol: Relative residual ``‖H y - theta y‖ / |theta|`` to reach, the errors of products included. The relative
+            error of the eigenvalue is mostly far smaller, of the order of its square.
         max_products: Hessian-vector products to stop at in any case; ``converged`` is then False.
         max_basis: Vectors of the size of the weights to keep at most.
         seed: Seed of the random start.
@@ -57,116 +109,65 @@ class TopEigenvalues(FlatnessMetric):
         k: int = 1,
         geometry: str | Geometry = "euclidean",
         which: Which = "LA",
-        tol: float = 1e-3,
+        tol: float = TOLERANCE,
         max_products: int = 300,
         max_basis: int | None = None,
         seed: int = 0,
         operator: Operator = "hessian",
         shared_start: bool = False,
     ) -> None:
-        check_operator(operator)
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"Expected `k` to be an integer >= 1, got {k!r}.")
-        if which not in ("LA", "SA", "LM"):
-            raise ValueError(f"Expected `which` to be 'LA', 'SA' or 'LM', got {which!r}.")
-        if not tol >= 0:
-            raise ValueError(f"Expected `tol` to be >= 0, got {tol}.")
-        super().__init__(shape=(k,))
-        self.k = k
-        self.geometry = resolve_geometry(geometry)
-        self.which: Which = which
-        self.tol = tol
-        self.max_products = max_products
-        self.max_basis = max_basis
-        self.seed = seed
-        self.operator: Operator = operator
-        self.shared_start = shared_start
-        self.distinguish(k, self.geometry, which, tol, max_products, max_basis, seed, operator, shared_start)
-        self._previous: Tensor | None = None
+        super().__init__(shape=(k,), **arguments(locals()))
 
-    def reset(self) -> None:
-        """Forget the latest value, and its eigenvectors as a start of the next measurement."""
-        super().reset()
-        self._previous = None
+    def curves(self, name: str) -> list[Curve]:
+        """Return a point per eigenvalue."""
+        numbers = torch.stack([self.value, self.error, self.standard_error], dim=1).tolist()
+        return [Curve(curve, *point) for curve, point in zip(self._curve_names(name), numbers, strict=True)]
 
-    def measure(self, landscape: LossLandscape) -> None:
-        """Find the eigenvalues, starting from the eigenvectors of the previous measurement."""
-        result = self._solve(landscape)
-        self.store(result.eigenvalues, result.residuals, converged=result.converged, num_products=result.num_products)
+    def charts(self, name: str, optimizers: Sequence[Optimizer]) -> dict[str, list[str]]:
+        """Return the chart of lambda_max with the edge of the optimizers' stability, and that of all eigenvalues."""
+        names = self._curve_names(name)
+        several = {f"{names[0]} … {names[-1]}": names} if self.k > 1 else {}
+        return super().charts(name, optimizers) | several
 
-    def _solve(self, landscape: LossLandscape) -> EigenResult:
-        result = top_eigenvalues(
-            landscape,
-            self.geometry,
-            operator=self.operator,
-            k=self.k,
-            which=self.which,
-            tol=self.tol,
-            max_products=self.max_products,
-            max_basis=self.max_basis,
-            start=self._previous,
-            shared_start=self.shared_start,
-            seed=self.seed,
-        )
-        self._previous = mixed(result.subspace, self.k)  # all that a start takes from them, in the memory of one
-        return result
+    def stability_edge(self, optimizers: Sequence[Optimizer], learning_rates: LearningRates | None = None) -> float:
+        """Return the edge of lambda_max, if that is measured as the optimizers see it: in their own geometry."""
+        own = OptimizerGeometry if is_preconditioned(optimizers) else Euclidean
+        is_lambda_max = (self.which, self.operator) == ("LA", "hessian") and isinstance(self.geometry, own)
+        return stability_edge(optimizers, learning_rates) if is_lambda_max else math.nan
+
+    def _curve_names(self, name: str) -> list[str]:
+        return [name, *(f"{name.removesuffix('_max')}_{i}" for i in range(2, self.k + 1))]
 
 
-class SpectralNorm(TopEigenvalues):
+class SpectralNorm(EigenvalueMetric):
     """The largest modulus of an eigenvalue of the Hessian in a geometry, a scalar: what named sharpness measures share.
 
     Args:
         geometry: The coordinates.
-        tol: Relative residual to reach.
-        max_products: Hessian-vector products to stop at in any case.
-        max_basis: Vectors of the size of the weights to keep at most.
-        seed: Seed of the random start.
-        shared_start: See :class:`TopEigenvalues`.
+        settings: Other arguments of :func:`top_eigenvalues`.
     """
 
-    def __init__(
-        self,
-        geometry: str | Geometry,
-        tol: float,
-        max_products: int,
-        max_basis: int | None,
-        seed: int,
-        shared_start: bool = False,
-    ) -> None:
-        super().__init__(
-            k=1,
-            geometry=geometry,
-            which="LM",
-            tol=tol,
-            max_products=max_products,
-            max_basis=max_basis,
-            seed=seed,
-            shared_start=shared_start,
-        )
-        self.add_state("value", self.value.squeeze(0), dist_reduce_fx=self._reductions["value"])
-        self.add_state("error", self.error.squeeze(0), dist_reduce_fx=self._reductions["error"])
+    def __init__(self, geometry: str | Geometry, **settings: Any) -> None:
+        super().__init__(k=1, geometry=geometry, which="LM", operator="hessian", **settings)
 
-    def measure(self, landscape: LossLandscape) -> None:
-        """Find the eigenvalue of largest modulus and keep its modulus."""
-        result = self._solve(landscape)
-        self.store(
-            result.eigenvalues[0].abs(),
-            result.residuals[0],
-            converged=result.converged,
-            num_products=result.num_products,
-        )
+    def summarized(self, estimate: Estimate) -> Estimate:
+        """Return the modulus of the only eigenvalue, as a scalar."""
+        known = estimate.standard_error
+        standard_error = None if known is None else known[0]
+        return replace(estimate, value=estimate.value[0].abs(), error=estimate.error[0], standard_error=standard_error)
 
 
 class InvariantSharpness(SpectralNorm):
-    r"""The rescaling-invariant sharpness of arXiv 1902.02434: the spectral norm of the Riemannian Hessian.
+    r"""The sharpness of arXiv 1902.02434, invariant to rescaling whole tensors: the norm of the Riemannian Hessian.
 
     With the metric ``<u, v>_w = sum_i <u_i, v_i> / ‖w_i‖_F²`` over the parameter tensors ``w_i``, this is
 
         max |eigenvalue| of D^(1/2) H D^(1/2),   D = blockdiag(‖w_i‖_F² I),
 
     the curvature of the loss per relative change of a layer. Rescaling the layers by factors with product one (and
-    the biases by the running products) does not change a ReLU network, and does not change this number. Dimension:
-    that of the loss. Costs as :class:`TopEigenvalues` with ``k=1``.
+    the biases by the running products) does not change a ReLU network, and does not change this number. Rescaling
+    single units or weights does: use geometry ``"element"`` or ``"path"`` for those. Dimension: that of the
+    loss. Costs as :class:`TopEigenvalues` with ``k=1``.
 
     Args:
         tol: Relative residual to reach.
@@ -189,10 +190,10 @@ class InvariantSharpness(SpectralNorm):
 
     def __init__(
         self,
-        tol: float = 1e-3,
+        tol: float = TOLERANCE,
         max_products: int = 300,
         max_basis: int | None = None,
         seed: int = 0,
         shared_start: bool = False,
     ) -> None:
-        super().__init__("layer", tol, max_products, max_basis, seed, shared_start)
+        super().__init__("layer", **arguments(locals()))

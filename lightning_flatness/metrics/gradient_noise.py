@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from lightning_flatness.estimators import Operator, TraceMethod, gradient_noise, noise_curvature_ratio
-from lightning_flatness.estimators.noise import GradientNoiseResult
-from lightning_flatness.estimators.trace import check_trace_arguments
-from lightning_flatness.geometry import Geometry, resolve_geometry
-from lightning_flatness.landscape import LossLandscape
-from lightning_flatness.metrics.base import FlatnessMetric
-from lightning_flatness.metrics.trace import TraceMetric
+from lightning_flatness.estimators import Operator, TraceMethod, fisher_trace, gradient_noise, noise_curvature_ratio
+from lightning_flatness.geometry import Geometry
+from lightning_flatness.metrics.base import FlatnessMetric, arguments
 
 
 class GradientNoise(FlatnessMetric):
@@ -18,9 +12,9 @@ class GradientNoise(FlatnessMetric):
 
         tr C = 1/(N-1) sum_n ‖g_n - g‖²,
 
-    unbiased for the distribution that the N samples come from; its standard error is that of sampling them. Stochastic
-    gradients of batches of size B scatter by ``tr(C)/B``. Units: loss per weight, squared. In a geometry the gradients
-    in its coordinates ``z`` are meant, and the value has its invariances.
+    unbiased for the distribution that the N samples come from. The standard error is that of sampling them, the
+    numerical error is rounding. Stochastic gradients of batches of size B scatter by ``tr(C)/B``. Units: loss per
+    weight, squared. In a geometry the gradients in its coordinates ``z`` are meant, and the value has its invariances.
 
     A measurement costs two gradients of the whole set in operations, by ``torch.func.vmap``; where the module does not
     allow that, N backward passes of one sample. Memory: 128 MiB of gradients, a vector of the weights at least.
@@ -44,30 +38,57 @@ class GradientNoise(FlatnessMetric):
         tensor(1.)
     """
 
-    error_name = "standard_error"
+    error_name = "numerical_error"
     effort = "probe_size"
+    estimator = staticmethod(gradient_noise)
 
     def __init__(self, geometry: str | Geometry = "euclidean", tol: float = 0.2) -> None:
-        check_trace_arguments("hutchinson", 4, tol)
-        super().__init__()
-        self.geometry = resolve_geometry(geometry)
-        self.tol = tol
-        self.distinguish(self.geometry, tol)
-
-    def measure(self, landscape: LossLandscape) -> None:
-        """Take the gradient of every sample."""
-        result = gradient_noise(landscape, self.geometry, tol=self.tol)
-        self.store(result.value, result.standard_error, converged=result.converged, num_products=result.num_products)
+        super().__init__(**arguments(locals()))
 
 
-class NoiseCurvatureRatio(TraceMetric):
+class FisherTrace(FlatnessMetric):
+    r"""The trace of the empirical Fisher matrix: the mean squared norm of the gradients of single samples.
+
+        tr F = 1/N sum_n ‖g_n‖²,
+
+    at the current weights; its standard error is that of sampling the N samples. arXiv 1905.12558 says where it differs
+    from the Fisher matrix and the Hessian. It is the uncentred :class:`GradientNoise`: same cost, units, invariances.
+
+    Args:
+        geometry: ``"euclidean"``, ``"layer"``, ``"filter"``, ``"element"``, … or a ``Geometry``.
+        tol: Standard error, relative to the value, at which the value counts as converged.
+
+    Raises:
+        ValueError: As :class:`GradientNoise`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import FisherTrace, LossLandscape
+        >>> module = torch.nn.Linear(1, 1, bias=False)
+        >>> metric = FisherTrace()
+        >>> metric.update(LossLandscape(module, [torch.tensor([[1.0], [3.0]])], lambda module, x: module(x).mean()))
+        >>> metric.compute()  # of the gradients 1 and 3
+        tensor(5.)
+    """
+
+    error_name = "numerical_error"
+    effort = "probe_size"
+    estimator = staticmethod(fisher_trace)
+
+    def __init__(self, geometry: str | Geometry = "euclidean", tol: float = 0.2) -> None:
+        super().__init__(**arguments(locals()))
+
+
+class NoiseCurvatureRatio(FlatnessMetric):
     r"""The ratio ``tr(C)/tr(H)`` of gradient noise to curvature at the current weights (arXiv 1906.07774).
 
     ``C`` is the covariance of the gradients of single samples and ``H`` the Hessian of the loss. Near a minimum of a
     well-specified model under the negative log-likelihood the two agree and the ratio is one. Units: those of the loss.
 
-    Costs what :class:`GradientNoise` and :class:`HessianTrace` cost together, 99 gradients by default; the standard
-    error combines both of theirs to first order.
+    Costs what :class:`GradientNoise` and :class:`HessianTrace` cost together, 105 gradients by default. The
+    numerical ``error`` is about the ratio of these samples: that of the random probes of the trace. ``standard_error``
+    is about the ratio on the whole training set: it combines both standard errors to first order, as if they were
+    independent, and is somewhat too large where samples with large gradients curve more, too.
 
     Args:
         geometry: ``"euclidean"``, ``"layer"``, ``"filter"``, ``"element"``, … or a ``Geometry``, for both.
@@ -93,6 +114,10 @@ class NoiseCurvatureRatio(TraceMetric):
         tensor(12.8000)
     """
 
+    error_name = "numerical_error"
+    effort = "num_products"
+    estimator = staticmethod(noise_curvature_ratio)
+
     def __init__(
         self,
         geometry: str | Geometry = "euclidean",
@@ -102,9 +127,4 @@ class NoiseCurvatureRatio(TraceMetric):
         tol: float = 0.2,
         seed: int = 0,
     ) -> None:
-        super().__init__(geometry, operator, method, num_products, tol, seed)
-
-    @staticmethod
-    def estimate(landscape: LossLandscape, geometry: Geometry, **options: Any) -> GradientNoiseResult:
-        """Measure noise and curvature and divide."""
-        return noise_curvature_ratio(landscape, geometry, **options)
+        super().__init__(**arguments(locals()))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from lightning_flatness.estimators import Operator, TraceMethod, minimum_sharpness, relative_flatness
-from lightning_flatness.estimators.operators import check_operator
-from lightning_flatness.estimators.trace import check_trace_arguments
-from lightning_flatness.landscape import LossLandscape
-from lightning_flatness.metrics.base import FlatnessMetric
+from lightning_flatness.metrics.base import FlatnessMetric, arguments
 
 
 class RelativeFlatness(FlatnessMetric):
@@ -42,8 +39,9 @@ class RelativeFlatness(FlatnessMetric):
         tensor(250.)
     """
 
-    error_name = "standard_error"
+    error_name = "numerical_error"
     effort = "num_products"
+    estimator = staticmethod(relative_flatness)
 
     def __init__(
         self,
@@ -54,31 +52,9 @@ class RelativeFlatness(FlatnessMetric):
         tol: float = 0.1,
         seed: int = 0,
     ) -> None:
-        check_operator(operator)
-        check_trace_arguments(method, num_products, tol)
         if layer is not None and not isinstance(layer, str):
             raise ValueError(f"Expected `layer` to be the name of a layer or None, got {type(layer).__name__}.")
-        super().__init__()
-        self.layer = layer
-        self.operator: Operator = operator
-        self.method: TraceMethod = method
-        self.max_products = num_products
-        self.tol = tol
-        self.seed = seed
-        self.distinguish(layer, operator, method, num_products, tol, seed)
-
-    def measure(self, landscape: LossLandscape) -> None:
-        """Estimate the sum over rows as a trace."""
-        result = relative_flatness(
-            landscape,
-            self.layer,
-            operator=self.operator,
-            method=self.method,
-            num_products=self.max_products,
-            tol=self.tol,
-            seed=self.seed,
-        )
-        self.store(result.value, result.standard_error, converged=result.converged, num_products=result.num_products)
+        super().__init__(**arguments(locals()))
 
 
 class MinimumSharpness(FlatnessMetric):
@@ -98,7 +74,7 @@ class MinimumSharpness(FlatnessMetric):
     Args:
         operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix, which needs an :class:`OutputLoss`.
         method: ``"hutch++"`` or ``"hutchinson"``, for the trace of each tensor's block.
-        num_products: Products to spend on all tensors together, 4 on each at least; small tensors are done exactly.
+        num_products: Products to spend on all tensors together, 8 on each at least; small tensors are done exactly.
         tol: Standard error, relative to the value, at which the value counts as converged.
         seed: Seed of the probes.
 
@@ -117,8 +93,9 @@ class MinimumSharpness(FlatnessMetric):
         tensor(16.)
     """
 
-    error_name = "standard_error"
+    error_name = "numerical_error"
     effort = "num_products"
+    estimator = staticmethod(minimum_sharpness)
 
     def __init__(
         self,
@@ -128,24 +105,4 @@ class MinimumSharpness(FlatnessMetric):
         tol: float = 0.1,
         seed: int = 0,
     ) -> None:
-        check_operator(operator)
-        check_trace_arguments(method, num_products, tol)
-        super().__init__()
-        self.operator: Operator = operator
-        self.method: TraceMethod = method
-        self.max_products = num_products
-        self.tol = tol
-        self.seed = seed
-        self.distinguish(operator, method, num_products, tol, seed)
-
-    def measure(self, landscape: LossLandscape) -> None:
-        """Estimate the traces of the layers and minimise over their scales."""
-        result = minimum_sharpness(
-            landscape,
-            operator=self.operator,
-            method=self.method,
-            num_products=self.max_products,
-            tol=self.tol,
-            seed=self.seed,
-        )
-        self.store(result.value, result.standard_error, converged=result.converged, num_products=result.num_products)
+        super().__init__(**arguments(locals()))

@@ -1,44 +1,51 @@
-"""PSI-flatness: sharpness and balance of a ReLU network in the values of its basis paths, as metrics."""
+"""PSI-flatness: sharpness and balance of a ReLU network in terms of its paths, as metrics."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Literal
 
-from lightning_flatness.geometry import PathChart, PathGeometry
+from lightning_flatness.estimators import TOLERANCE, Estimate, UndefinedMeasureError, basis_path_balance
+from lightning_flatness.geometry import PathGeometry, PathNormGeometry, UndefinedGeometryError
 from lightning_flatness.landscape import LossLandscape
 from lightning_flatness.metrics.base import FlatnessMetric
 from lightning_flatness.metrics.eigenvalues import SpectralNorm
 
 
 class PSISharpness(SpectralNorm):
-    r"""The spectral norm of the Hessian of the loss in the values of basis paths, at the current weights.
+    r"""The spectral norm of the Hessian of the loss in terms of the paths of a ReLU network, at the current weights.
 
-    With ``v`` the values of the basis paths of a ReLU chain (see :class:`PathGeometry`) this is
+    It is a curvature of the loss that is the same for networks that differ by a positive rescaling or a permutation of
+    units (PSI-flatness of arXiv 1903.02237; our definitions in its spirit).
 
-        max |eigenvalue| of d²L(w(v)) / dv²,
+    With ``geometry="path_norm"``, the recommended one, every weight is measured by the paths that lead through it (see
+    :class:`PathNormGeometry`): ``max |eigenvalue|`` of ``K^(-1/2) H K^(-1/2)`` with ``K = diag(kappa)``. It needs no
+    choice of a basis, and is defined for every network of positively homogeneous units.
 
-    the curvature of the loss in the space where networks that differ by a rescaling of units are one point
-    (PSI-flatness of arXiv 1903.02237; our definition in its spirit). Units: loss per squared path value. Paths are
-    products of as many weights as there are layers, so the number is large and best looked at on a log scale, and it
-    is dominated by the units whose skeleton path is smallest. Invariant under every positive rescaling of units.
+    With ``geometry="path"`` it is ``max |eigenvalue|`` of ``d²L(w(v)) / dv²``, with ``v`` the values of the basis paths
+    of a chain (see :class:`PathGeometry`). Units: loss per squared path value. Paths are products of as many weights as
+    there are layers, so the number is best looked at on a log scale, and the units whose skeleton path is smallest
+    dominate it.
 
-    Costs as :class:`TopEigenvalues` with ``k=1``, and one gradient more per measurement; the chart holds seven vectors
-    of the size of the weights.
+    Costs as :class:`TopEigenvalues` with ``k=1``, and one gradient more per measurement; the chart of basis paths holds
+    eight vectors of the size of the weights.
 
-    In ``FlatnessMonitor(metrics={"psi_sharpness": PSISharpness()})`` the keys are ``flatness/psi_sharpness`` and
-    ``flatness/psi_sharpness_residual``.
+    In ``FlatnessMonitor(metrics={"psi_sharpness": PSISharpness()})`` the value is ``flatness/psi_sharpness`` and its
+    error ``flatness_errors/psi_sharpness_residual``.
 
     Args:
-        submodule: Name of the part of the module that is the chain. Default: the module's ``forward``.
+        submodule: Name of the part of the module that is the chain, for ``"path"`` only. Default: the module's
+            ``forward``.
         tol: Relative Ritz residual to reach.
         max_products: Hessian-vector products to stop at in any case; ``converged`` is then False.
         max_basis: Vectors of the size of the weights to keep at most.
         seed: Seed of the random start.
+        geometry: ``"path_norm"`` or ``"path"``. Default: ``"path"`` where ``submodule`` names a chain, else
+            ``"path_norm"``.
 
     Raises:
         TypeError: If ``submodule`` is neither a name nor None.
-        ValueError: If an argument is out of range; in ``update``, if the module is not a chain.
+        ValueError: If an argument is out of range; in ``update``, if the module is not a chain, or not positively
+            homogeneous.
 
     Example:
         Two weights in a row, ``L = (w2 w1 x - y)²``, depend on one path, ``v = w1 w2``: ``d²L/dv² = 2 x²``.
@@ -47,7 +54,7 @@ class PSISharpness(SpectralNorm):
         >>> from lightning_flatness import LossLandscape, PSISharpness
         >>> net = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False))
         >>> batches = [torch.tensor([[3.0]])]
-        >>> metric = PSISharpness()
+        >>> metric = PSISharpness(geometry="path")
         >>> metric.update(LossLandscape(net, batches, lambda net, x: (net(x) - 1).square().mean()))
         >>> metric.compute().round()
         tensor(18.)
@@ -56,12 +63,35 @@ class PSISharpness(SpectralNorm):
     def __init__(
         self,
         submodule: str | None = None,
-        tol: float = 1e-3,
+        tol: float = TOLERANCE,
         max_products: int = 300,
         max_basis: int | None = None,
         seed: int = 0,
+        geometry: Literal["path", "path_norm"] | None = None,
     ) -> None:
-        super().__init__(PathGeometry(submodule), tol, max_products, max_basis, seed)
+        chosen = geometry or ("path_norm" if submodule is None else "path")
+        if chosen not in ("path", "path_norm"):
+            raise ValueError(f"Expected `geometry` to be 'path' or 'path_norm', got {geometry!r}.")
+        if chosen == "path_norm" and submodule is not None:
+            raise ValueError(
+                f"Expected `submodule` for the geometry 'path' only, got {submodule!r} with 'path_norm', which finds "
+                "the network by itself. Leave one of them out."
+            )
+        super().__init__(
+            PathNormGeometry() if chosen == "path_norm" else PathGeometry(submodule),
+            tol=tol,
+            max_products=max_products,
+            max_basis=max_basis,
+            seed=seed,
+        )
+        self.submodule = submodule
+
+    def estimate(self, landscape: LossLandscape) -> Estimate:
+        """Find the eigenvalue."""
+        try:
+            return super().estimate(landscape)
+        except UndefinedGeometryError as error:
+            raise UndefinedMeasureError(str(error)) from error
 
 
 class BasisPathBalance(FlatnessMetric):
@@ -70,17 +100,21 @@ class BasisPathBalance(FlatnessMetric):
         max_e |v_e| / min_e |v_e|
 
     over all basis paths ``e`` (see :class:`PathGeometry`); it bounds the generalisation error in arXiv 1903.02237.
-    Small is balanced and flat; one is the least. It spans many decades: ``log10=True`` returns its decimal logarithm,
-    which is the thing to plot. A bias that is zero, as some initialisations leave it, makes it infinite. Invariant
-    under every positive rescaling of units. Costs no evaluation of the loss; the error is zero.
+    Small is balanced and flat; one is the least. The minimum is an order statistic of near-zero weights: it says how
+    close to zero the nearest weight happens to be, and differs by decades between seeds. ``quantile=q`` returns the
+    ratio of the quantiles ``1 - q`` and ``q`` of the moduli instead, which is ours and not the paper's. The ratio spans
+    many decades: ``log10=True`` returns its decimal logarithm. A bias that is zero, as some initialisations leave it,
+    makes the ratio of the extremes infinite. Invariant under every positive rescaling of units and every permutation.
+    Costs no evaluation of the loss; the error is zero.
 
     In ``FlatnessMonitor(metrics={"log10_balance": BasisPathBalance(log10=True)})`` the keys are
-    ``flatness/log10_balance`` and ``flatness/log10_balance_residual``.
+    ``flatness/log10_balance`` and ``flatness_errors/log10_balance_residual``.
 
     Args:
         submodule: Name of the part of the module that is the chain. Default: the module's ``forward``.
         log10: Whether to return the decimal logarithm.
         ignore_zeros: Whether to leave out paths whose value is exactly zero (pruned weights, zero biases).
+        quantile: Share of the paths to leave out at each end, from 0 (the paper's ratio) to below 0.5; e.g. 0.1.
 
     Raises:
         TypeError: If ``submodule`` is neither a name nor None.
@@ -97,37 +131,14 @@ class BasisPathBalance(FlatnessMetric):
         tensor(2.)
     """
 
-    def __init__(self, submodule: str | None = None, log10: bool = False, ignore_zeros: bool = False) -> None:
-        super().__init__()
-        self.geometry = PathGeometry(submodule)
-        self.log10 = log10
-        self.ignore_zeros = ignore_zeros
-        self.distinguish(self.geometry, log10, ignore_zeros)
+    estimator = staticmethod(basis_path_balance)
 
-    def measure(self, landscape: LossLandscape) -> None:
-        """Compare the paths at the current weights."""
-        chart = landscape.chart(self.geometry)
-        assert isinstance(chart, PathChart)
-        balance = basis_path_balance(chart.values, ignore_zeros=self.ignore_zeros)
-        value = (balance.log10() if self.log10 else balance).to(landscape.dtype)
-        self.store(value, torch.zeros_like(value), converged=True, num_products=0)
-
-
-def basis_path_balance(values: Tensor, *, ignore_zeros: bool = False) -> Tensor:
-    """Return the largest modulus of the values of basis paths over the smallest one.
-
-    Args:
-        values: Shape (number of paths,).
-        ignore_zeros: Whether to leave out values that are exactly zero.
-
-    Returns:
-        A scalar in float64 on the CPU, 1 or more; infinite if a value is zero.
-
-    Example:
-        >>> basis_path_balance(torch.tensor([-8.0, 2.0, 0.0]), ignore_zeros=True)
-        tensor(4., dtype=torch.float64)
-    """
-    moduli = values.abs()
-    if ignore_zeros:
-        moduli = moduli[moduli > 0]
-    return moduli.amax().cpu().double() / moduli.amin().cpu().double()
+    def __init__(
+        self,
+        submodule: str | None = None,
+        log10: bool = False,
+        ignore_zeros: bool = False,
+        quantile: float = 0.0,
+    ) -> None:
+        super().__init__(geometry=PathGeometry(submodule), log10=log10, ignore_zeros=ignore_zeros, quantile=quantile)
+        self.submodule = submodule

@@ -4,45 +4,73 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from lightning_flatness.estimators import TOLERANCE
 from lightning_flatness.metrics.base import FlatnessMetric
+from lightning_flatness.metrics.batch import BatchSharpness
 from lightning_flatness.metrics.density import SpectralDensity
 from lightning_flatness.metrics.eigenvalues import InvariantSharpness, TopEigenvalues
-from lightning_flatness.metrics.gradient_noise import GradientNoise, NoiseCurvatureRatio
+from lightning_flatness.metrics.gradient_noise import FisherTrace, GradientNoise, NoiseCurvatureRatio
 from lightning_flatness.metrics.layerwise import MinimumSharpness, RelativeFlatness
+from lightning_flatness.metrics.path import PSISharpness
 from lightning_flatness.metrics.sharpness import AverageCaseSharpness, WorstCaseSharpness
 from lightning_flatness.metrics.trace import HessianTrace
 
 Preset = Literal["default", "all"]
 
+TYPICAL_COSTS: dict[str, tuple[int, int, int]] = {
+    "lambda_max": (15, 13, 7),
+    "invariant_sharpness": (13, 11, 7),
+    "lambda_min": (33, 27, 43),
+    "hessian_trace": (97, 97, 97),
+    "spectral_density": (601, 601, 601),
+    "worst_case_sharpness": (62, 40, 36),
+    "adaptive_sharpness": (45, 35, 28),
+    "average_case_sharpness": (34, 34, 34),
+    "relative_flatness": (97, 97, 97),
+    "minimum_sharpness": (194, 194, 194),
+    "psi_sharpness": (15, 13, 7),
+    "gradient_noise": (2, 2, 2),
+    "fisher_trace": (2, 2, 2),
+    "noise_curvature_ratio": (99, 99, 99),
+    "batch_sharpness": (4, 4, 4),
+}
+"""Gradients of the loss per measurement, before training, after one epoch and after five.
+
+Measured by ``examples/benchmarks/costs_of_measures.py``. The one source of the tables here and in the README.
+"""
+
 
 def preset_metrics(
-    preset: Preset = "default", *, top_k: int = 1, tol: float = 4e-2, seed: int = 0
+    preset: Preset = "default", *, top_k: int = 1, tol: float = TOLERANCE, seed: int = 0
 ) -> dict[str, FlatnessMetric]:
     """Return the metrics of a named set, by the names under which the monitor logs them.
 
-    Cost of one measurement in gradients of the loss on all samples, measured on the convolutional network of
-    ``examples/digits.py`` (13,706 weights, 512 samples) before training, after one epoch and after five, each alone
-    (in one measurement together they share the gradient):
+    The cost of one measurement is in gradients of the loss on all samples. It was measured on the convolutional network
+    of ``examples/digits.py`` (13,706 weights, 512 samples) before training, after one epoch and after five, each metric
+    alone. Together they share the gradient.
 
     ============================ =========== =====================================================
     name                         gradients   metric
     ============================ =========== =====================================================
-    lambda_max                   39, 17, 11  ``TopEigenvalues(k=top_k)``
-    invariant_sharpness          29, 17, 11  ``InvariantSharpness()``
-    lambda_min                   31, 37, 37  ``TopEigenvalues(which="SA")``
+    lambda_max                   15, 13, 7   ``TopEigenvalues(k=top_k)``
+    invariant_sharpness          13, 11, 7   ``InvariantSharpness()``
+    lambda_min                   33, 27, 43  ``TopEigenvalues(which="SA")``
     hessian_trace                97          ``HessianTrace()``
     spectral_density             601         ``SpectralDensity()``
-    worst_case_sharpness         72, 49, 29  ``WorstCaseSharpness(rho=0.05)``
-    adaptive_sharpness           55, 41, 31  ``WorstCaseSharpness(rho=0.5, geometry="element")``
+    worst_case_sharpness         62, 40, 36  ``WorstCaseSharpness(rho=0.05)``
+    adaptive_sharpness           45, 35, 28  ``WorstCaseSharpness(rho=0.5, geometry="element")``
     average_case_sharpness       34          ``AverageCaseSharpness(rho=0.05)``
     relative_flatness            97          ``RelativeFlatness()``, of the last linear layer
     minimum_sharpness            194         ``MinimumSharpness()``
+    psi_sharpness                15, 13, 7   ``PSISharpness()``
     gradient_noise               2           ``GradientNoise()``
+    fisher_trace                 2           ``FisherTrace()``
     noise_curvature_ratio        99          ``NoiseCurvatureRatio()``
+    batch_sharpness              4           ``BatchSharpness()``
     ============================ =========== =====================================================
 
-    ``"default"`` has the first two, ``"all"`` all of them, about 1,300 gradients: a set for a checkpoint or every n-th
-    epoch. The eigenvalues need fewer where an earlier measurement provides the start.
+    ``"default"`` has the first two, ``"all"`` all of them, about 1,300 gradients: use that at checkpoints or every n-th
+    epoch. Eigenvalues cost less if an earlier measurement provides the start.
 
     Args:
         preset: ``"default"`` or ``"all"``.
@@ -76,7 +104,10 @@ def preset_metrics(
             "average_case_sharpness": AverageCaseSharpness(rho=0.05, seed=seed),
             "relative_flatness": RelativeFlatness(seed=seed),
             "minimum_sharpness": MinimumSharpness(seed=seed),
+            "psi_sharpness": PSISharpness(tol=tol, seed=seed),
             "gradient_noise": GradientNoise(),
+            "fisher_trace": FisherTrace(),
             "noise_curvature_ratio": NoiseCurvatureRatio(seed=seed),
+            "batch_sharpness": BatchSharpness(),
         }
     return metrics

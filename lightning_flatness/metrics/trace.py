@@ -2,63 +2,12 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import Any
-
 from lightning_flatness.estimators import Operator, TraceMethod, hessian_trace
-from lightning_flatness.estimators.operators import check_operator
-from lightning_flatness.estimators.trace import TraceResult, check_trace_arguments
-from lightning_flatness.geometry import Geometry, resolve_geometry
-from lightning_flatness.landscape import LossLandscape
-from lightning_flatness.metrics.base import FlatnessMetric
+from lightning_flatness.geometry import Geometry
+from lightning_flatness.metrics.base import FlatnessMetric, arguments
 
 
-class TraceMetric(FlatnessMetric):
-    """A metric that is made of a stochastic trace in a geometry; a subclass says how in :meth:`estimate`."""
-
-    error_name = "standard_error"
-    effort = "num_products"
-
-    def __init__(
-        self,
-        geometry: str | Geometry = "euclidean",
-        operator: Operator = "hessian",
-        method: TraceMethod = "hutch++",
-        num_products: int = 48,
-        tol: float = 0.1,
-        seed: int = 0,
-    ) -> None:
-        check_operator(operator)
-        check_trace_arguments(method, num_products, tol)
-        super().__init__()
-        self.geometry = resolve_geometry(geometry)
-        self.operator: Operator = operator
-        self.method: TraceMethod = method
-        self.max_products = num_products
-        self.tol = tol
-        self.seed = seed
-        self.distinguish(self.geometry, operator, method, num_products, tol, seed)
-
-    def measure(self, landscape: LossLandscape) -> None:
-        """Estimate the value."""
-        result = self.estimate(
-            landscape,
-            self.geometry,
-            operator=self.operator,
-            method=self.method,
-            num_products=self.max_products,
-            tol=self.tol,
-            seed=self.seed,
-        )
-        self.store(result.value, result.standard_error, converged=result.converged, num_products=result.num_products)
-
-    @staticmethod
-    @abstractmethod
-    def estimate(landscape: LossLandscape, geometry: Geometry, **options: Any) -> Any:
-        """Return a result with ``value``, ``standard_error``, ``converged`` and ``num_products``."""
-
-
-class HessianTrace(TraceMetric):
+class HessianTrace(FlatnessMetric):
     r"""The trace of the Hessian of the loss at the current weights: the sum of all its eigenvalues.
 
     ``tr S H S`` in the coordinates ``z`` of a geometry (``w = w0 + S z``), with its standard error, from random signs
@@ -93,7 +42,17 @@ class HessianTrace(TraceMetric):
         tensor(10.)
     """
 
-    @staticmethod
-    def estimate(landscape: LossLandscape, geometry: Geometry, **options: Any) -> TraceResult:
-        """Estimate the trace."""
-        return hessian_trace(landscape, geometry, **options)
+    error_name = "numerical_error"
+    effort = "num_products"
+    estimator = staticmethod(hessian_trace)
+
+    def __init__(
+        self,
+        geometry: str | Geometry = "euclidean",
+        operator: Operator = "hessian",
+        method: TraceMethod = "hutch++",
+        num_products: int = 48,
+        tol: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(**arguments(locals()))

@@ -1,0 +1,51 @@
+"""Fashion-MNIST at 14 x 14 pixels, as Debian's package ``dataset-fashion-mnist`` has it, and small networks for it."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+def images(num_samples: int, folder: Path = FOLDER) -> tuple[Tensor, Tensor]:
+    """Return the first training images, shape (num_samples, 1, 14, 14), standardised, and their classes."""
+    with gzip.open(folder / "train-images-idx3-ubyte.gz") as file:
+        pixels = torch.frombuffer(bytearray(file.read(16 + num_samples * 784)), dtype=torch.uint8, offset=16)
+    with gzip.open(folder / "train-labels-idx1-ubyte.gz") as file:
+        labels = torch.frombuffer(bytearray(file.read(8 + num_samples)), dtype=torch.uint8, offset=8)
+    x = F.avg_pool2d(pixels.view(-1, 1, 28, 28).float() / 255, 2)
+    return (x - x.mean()) / x.std(), labels.long()
+
+
+class Lstm(nn.Module):
+    """Reads the rows of an image one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(14, 24, batch_first=True)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Tensor = self.cell(x.flatten(1, 2))[0][:, -1]
+        outputs: Tensor = self.head(last)
+        return outputs
+
+
+def network(kind: str) -> nn.Module:
+    """Return a network with new weights: ``"mlp"``, ``"cnn"``, ``"cnn with BatchNorm"`` or ``"lstm"``."""
+    if kind == "lstm":
+        return Lstm()
+    if kind == "mlp":
+        layers = nn.Linear(196, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)
+        return nn.Sequential(nn.Flatten(), *layers)
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        norm = [nn.BatchNorm2d(outputs)] if kind == "cnn with BatchNorm" else []
+        return [nn.Conv2d(inputs, outputs, 3, padding=1), *norm, nn.ReLU(), nn.MaxPool2d(2)]
+
+    return nn.Sequential(*block(1, 8), *block(8, 16), nn.Flatten(), nn.Linear(144, 10))

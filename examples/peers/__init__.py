@@ -1,1 +1,0 @@
-"""Parts of ``examples/benchmark_peers.py``: networks to measure, tools that measure them, what comes out."""

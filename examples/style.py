@@ -1,0 +1,69 @@
+"""Colours and axes of every picture in the examples: a method has the same colour wherever it is drawn.
+
+``lightning-flatness compare`` assigns colours by the order of names: ``sam`` and ``sgd`` get the two of this table (a
+test holds this). TensorBoard's screenshots show SGD in warm colours and SAM in cold ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLOURS = {
+    "SAM": "tab:blue",
+    "SGD": "tab:orange",
+    "Adam": "tab:purple",
+    "small batch": "tab:cyan",
+    "medium batch": "tab:olive",
+    "large batch": "tab:brown",
+    "lightning-flatness": "tab:red",
+    "PyHessian": "tab:pink",
+    "curvlinops + eigsh": "black",
+    "hessian-eigenthings": "tab:green",
+    "power iteration": "0.6",
+    "reference": "0.45",
+}
+"""By training method, size of batches, tool; ``"reference"`` is for what something is compared with."""
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure without pyplot."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def tidy(ax: Axes) -> None:
+    """Draw a light grid, and no frame at the top and the right."""
+    ax.grid(alpha=0.25)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def draw_factors(factors: dict[str, float], path: Path, label: str, title: str) -> None:
+    """Draw by how much each measure changes when the function stays the same, on a log scale."""
+    figure = new_figure(7.2, 2.9)
+    axes = figure.subplots()
+    names = list(reversed(factors))
+    stays = [abs(factors[name] - 1) < 0.01 for name in names]
+    axes.barh(names, [factors[name] - 1 for name in names], left=1, color=COLOURS["reference"])
+    for i, name in enumerate(names):
+        text = f" x {float(f'{factors[name]:.3g}'):,.12g}" if not stays[i] else " unchanged"
+        axes.text(max(factors[name], 1), i, text, va="center", fontsize="small")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(min(0.5, *factors.values()) / 2, max(factors.values()) * 12)
+    axes.set_xlabel(label)
+    axes.set_title(title, fontsize="medium")
+    tidy(axes)
+    axes.grid(axis="y", visible=False)
+    save(figure, path)

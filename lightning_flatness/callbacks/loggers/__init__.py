@@ -1,0 +1,1 @@
+"""Images, charts and hyperparameters in loggers, beside curves."""

@@ -1,0 +1,94 @@
+"""The summary of a run's measurements: first and last values, and advice with the number behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lightning_flatness.metrics.measurement import Measurement
+
+BUDGET = 0.1
+"""Share of an epoch's time above which a summary says how to spend less."""
+
+_WORTH_SAVING = 5.0  # seconds in all
+_NUM_UNSTABLE = 3
+_LARGEST_RELATIVE_ERROR = 0.5
+
+
+def summarize(history: Sequence[tuple[int, Measurement]], weights: str, num_samples: int, mode: str) -> str:
+    """Return a short text about a run.
+
+    Args:
+        history: Steps and what was measured there, in order.
+        weights: Which weights were measured.
+        num_samples: The size of the probe.
+        mode: How the module was run.
+
+    Returns:
+        A line of what was measured, a line per value, and a line per piece of advice.
+
+    Example:
+        >>> first = Measurement({"lambda_max": 1.0}, {"lambda_max": {"residual": 0.1}})
+        >>> costs = {"share_of_epoch_time": 0.3, "seconds": 9}
+        >>> last = Measurement({"lambda_max": 8.0}, {"lambda_max": {"residual": 0.2}}, costs)
+        >>> print(summarize([(0, first), (50, last)], "trained", 512, "batch_statistics"))
+        2 measurements of the trained weights on 512 samples, mode 'batch_statistics':
+          lambda_max: 1 ± 0.1 at step 0, 8 ± 0.2 at step 50
+          Measuring took 30 % of the time of an epoch. With every_n_epochs=3 it takes at most 10 %.
+    """
+    if not history:
+        return "Nothing was measured."
+    plural = "" if len(history) == 1 else "s"
+    lines = [f"{len(history)} measurement{plural} of the {weights} weights on {num_samples} samples, mode {mode!r}:"]
+    for name in dict.fromkeys(name for _, measured in history for name in measured.values):
+        points = [(step, measured) for step, measured in history if name in measured.values]
+        ends = [points[0], points[-1]] if len(points) > 1 else points
+        lines.append(f"  {name}: " + ", ".join(f"{_with_error(measured, name)} at step {s}" for s, measured in ends))
+    return "\n".join([*lines, *(f"  {line}" for line in advice(history, num_samples, mode))])
+
+
+def _with_error(measured: Measurement, name: str) -> str:
+    error = max(measured.errors.get(name, {}).values(), default=None)
+    return f"{measured.values[name]:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def advice(history: Sequence[tuple[int, Measurement]], num_samples: int, mode: str) -> list[str]:
+    """Return what to change, a sentence each with the number behind it.
+
+    Args:
+        history: Steps and what was measured there, in order.
+        num_samples: The size of the probe.
+        mode: How the module was run; only in ``"batch_statistics"`` the edge of stability is training's.
+    """
+    last = history[-1][1]
+    found = []
+    edges = [m.values["edge_of_stability"] for _, m in history if "edge_of_stability" in m.values][-_NUM_UNSTABLE:]
+    if mode == "batch_statistics" and len(edges) == _NUM_UNSTABLE and min(edges) > 1:
+        numbers = ", ".join(f"{edge:.3g}" for edge in edges)
+        found.append(
+            f"edge_of_stability was above 1 in the last {_NUM_UNSTABLE} measurements ({numbers}): full-batch steps of "
+            f"this size would diverge along the sharpest direction. A learning rate {max(edges):.2g} times smaller is "
+            "below the edge."
+        )
+    for name, value in last.values.items():
+        error = last.errors.get(name, {}).get("standard_error", 0.0)
+        if value and error > _LARGEST_RELATIVE_ERROR * abs(value):
+            ratio = error / abs(value)
+            times = math.ceil((ratio / _LARGEST_RELATIVE_ERROR) ** 2 + 0.5)
+            # Much larger than the numerical error, it is the samples'; else the measure's own random vectors make it.
+            kinds = last.errors[name]
+            is_of_samples = "residual" in kinds or kinds.get("numerical_error", error) < error / 2
+            more = f"probe_size={times * num_samples}" if is_of_samples else f"{times} times its random vectors"
+            found.append(
+                f"{name} has a standard error of {100 * ratio:.0f} % of its value. About {more} would bring it below "
+                f"{100 * _LARGEST_RELATIVE_ERROR:.0f} %."
+            )
+    found += [f"{name} {remark}" for name, remark in last.remarks.items()]
+    shares = [m.costs["share_of_epoch_time"] for _, m in history if "share_of_epoch_time" in m.costs]
+    spent = sum(m.costs.get("seconds", 0.0) for _, m in history)
+    if shares and spent > _WORTH_SAVING and (share := sum(shares) / len(shares)) > BUDGET:
+        found.append(
+            f"Measuring took {share:.0%} of the time of an epoch. With every_n_epochs={math.ceil(share / BUDGET)} it "
+            f"takes at most {BUDGET:.0%}.".replace("%", " %")
+        )
+    return found

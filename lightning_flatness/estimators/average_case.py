@@ -1,0 +1,52 @@
+"""The mean rise of the loss under Gaussian noise on the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lightning_flatness.estimators.arguments import check_arguments
+from lightning_flatness.estimators.nearby import check_radius, loss_at, weight_rounding
+from lightning_flatness.estimators.operators import gaussian
+from lightning_flatness.estimators.result import Estimate, mean_and_error, scalar_estimate
+from lightning_flatness.estimators.sampling import average_rise_standard_error
+from lightning_flatness.geometry import Geometry
+from lightning_flatness.landscape import LossLandscape
+from lightning_flatness.landscape.derived import with_normalized_logits
+
+
+def average_case_sharpness(
+    landscape: LossLandscape,
+    rho: float = 0.05,
+    geometry: str | Geometry = "euclidean",
+    *,
+    num_draws: int = 50,
+    normalize_logits: bool = False,
+    tol: float = 0.1,
+    seed: int = 0,
+) -> Estimate:
+    """Return the mean rise of the loss under noise: of ``L(w(z)) - L(w)`` for ``z ~ N(0, rho²/n I)``.
+
+    Arguments, cost and errors as of :class:`lightning_flatness.AverageCaseSharpness`. The value may be negative where
+    the loss curves down.
+    """
+    check_arguments({"rho": rho, "num_draws": num_draws, "tol": tol})
+    with landscape.measurement():
+        if normalize_logits:
+            landscape = with_normalized_logits(landscape)
+        chart = landscape.chart(geometry)
+        check_radius(chart, rho, geometry)
+        centre = float(landscape.loss())
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        rises = []
+        for _ in range(num_draws):
+            noise = gaussian(chart.num_coordinates, generator, landscape.dtype, landscape.device)
+            z = noise * (rho / math.sqrt(chart.num_coordinates))
+            rises.append(sum(loss_at(landscape, chart, side) for side in (z, -z)) / 2 - centre)
+        sampling = average_rise_standard_error(landscape, chart, rho, seed)
+    mean, scatter = mean_and_error(torch.tensor(rises, dtype=torch.float64, device="cpu"))
+    rounding = max(torch.finfo(landscape.dtype).eps * abs(centre), weight_rounding(landscape))
+    value, error = float(mean), math.hypot(float(scatter), rounding)
+    standard_error = math.hypot(error, sampling)
+    return scalar_estimate(landscape, value, error, converged=error <= tol * abs(value), standard_error=standard_error)

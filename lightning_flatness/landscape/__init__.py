@@ -1,0 +1,6 @@
+"""The loss of a module over fixed samples as a function of the weights."""
+
+from lightning_flatness.landscape.loss_landscape import LossLandscape
+from lightning_flatness.landscape.output_loss import OutputLoss
+
+__all__ = ["LossLandscape", "OutputLoss"]

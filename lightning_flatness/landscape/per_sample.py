@@ -1,0 +1,94 @@
+"""The gradients of single samples: ``vmap`` over the gradient of the loss of a batch of one, or one by one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flatness.landscape.batched_loss import BatchedLoss
+from lightning_flatness.landscape.loss_landscape import LossLandscape
+from lightning_flatness.module.batches import copy_batch, map_tensors, slice_samples, tensors_in
+from lightning_flatness.module.loss import LossFunction, check_loss, loss_in
+
+_CHUNK_BYTES = 2**27
+"""Gradients of so many bytes are made at once."""
+
+
+def sum_over_samples(landscape: LossLandscape, add: Callable[[Tensor, Tensor], None], size: int) -> Tensor:
+    """Return the sum over all samples of a function of their gradients. Costs one gradient, more without ``vmap``.
+
+    ``add(gradients, total)`` adds to ``total``, shape (size,), in place, the part of some samples, whose gradients have
+    the shape (any, num_parameters). The sum is the same on all ranks.
+    """
+    with landscape.measurement(), landscape.batched_loss.summed(size) as total:
+        for gradients in _gradients_of_samples(landscape.batched_loss):
+            add(gradients, total)
+    landscape.cost.gradient_evaluations += 1
+    return total
+
+
+def _gradients_of_samples(loss: BatchedLoss) -> Iterator[Tensor]:
+    """Yield the gradients of this rank's samples, shape (any, num_parameters)."""
+    chunk = max(1, _CHUNK_BYTES // (loss.num_parameters * loss.dtype.itemsize))
+    vmap_works = True
+    for index in loss.indices:
+        size = loss.samples.sizes[index]
+        for start in range(0, size, chunk):
+            stop = min(start + chunk, size)
+            if vmap_works:
+                try:
+                    yield _gradients_by_vmap(loss, index, start, stop)
+                    continue
+                except Exception:  # a branch on data, a buffer written in place, an operator without a rule …
+                    vmap_works = False  # … or an error of the user's, which comes up again below
+            yield _gradients_one_by_one(loss, index, start, stop)
+
+
+def _gradients_one_by_one(loss: BatchedLoss, index: int, start: int, stop: int) -> Tensor:
+    batch, size = loss.samples.fresh(index), loss.samples.sizes[index]
+    gradients = torch.zeros(stop - start, loss.num_parameters, dtype=loss.dtype, device=loss.device)
+    for i, row in enumerate(gradients, start=start):
+        with loss.measured.forward_pass(index):
+            output = loss.loss_fn(loss.module, copy_batch(slice_samples(batch, size, i, i + 1)))
+        pieces = loss.batch_gradient(check_loss(loss_in(output)))
+        for view, piece in zip(loss.unflatten(row), pieces, strict=True):
+            if piece is not None:
+                view.copy_(piece)
+    return gradients
+
+
+def _gradients_by_vmap(loss: BatchedLoss, index: int, start: int, stop: int) -> Tensor:
+    batch, size = loss.samples.fresh(index), loss.samples.sizes[index]
+    holder = LossModule(loss.module, loss.loss_fn)
+    weights: dict[str, Tensor] = {name: p for name, p in holder.named_parameters() if p.requires_grad}
+    is_sliced = [leaf.dim() > 0 and leaf.shape[0] == size for leaf in tensors_in(batch)]
+    chosen = list(tensors_in(slice_samples(batch, size, start, stop)))
+
+    def loss_of(values: dict[str, Tensor], *sample: Tensor) -> Tensor:
+        pieces = iter([t.unsqueeze(0) if sliced else t for t, sliced in zip(sample, is_sliced, strict=True)])
+        one = map_tensors(lambda _: next(pieces).clone(), batch)  # the user's code may write into its batch
+        value: Tensor = torch.func.functional_call(holder, values, (one,))
+        return value.reshape(())
+
+    in_dims = (None, *(0 if sliced else None for sliced in is_sliced))
+    with loss.measured.forward_pass(index), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of operators that vmap has to loop over
+        gradients = torch.func.vmap(torch.func.grad(loss_of), in_dims=in_dims, randomness="same")(weights, *chosen)
+    return torch.cat([gradients[name].detach().flatten(1) for name in weights], dim=1).to(loss.dtype)
+
+
+class LossModule(nn.Module):
+    """A module whose output is the loss: ``functional_call`` takes modules."""
+
+    def __init__(self, module: nn.Module, loss_fn: LossFunction) -> None:
+        super().__init__()
+        self.module = module
+        self.loss_fn = loss_fn
+
+    def forward(self, batch: Any) -> Any:
+        """Return the loss of a batch."""
+        return loss_in(self.loss_fn(self.module, batch))

@@ -1,0 +1,98 @@
+"""The samples of a landscape: this rank's batches, and the number of samples on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.landscape.ranks import rank_and_world_size, total_count
+from lightning_flatness.module.batches import copy_batch, infer_batch_size, prepare_batch, slice_samples
+from lightning_flatness.module.rng import preserved_rng
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Batches of samples.
+
+    Attributes:
+        batches: Those of this rank.
+        sizes: Number of samples of each.
+        num_samples: Number of samples on all ranks.
+        num_total: Number of samples of the whole set that they were drawn from; None if that is not known.
+    """
+
+    batches: list[Any]
+    sizes: list[int]
+    num_samples: int
+    num_total: int | None = None
+
+    @property
+    def unseen_share(self) -> float:
+        """Share of the whole set that was not drawn; one if its size is not known."""
+        return 1.0 if self.num_total is None else max(0.0, 1 - self.num_samples / self.num_total)
+
+    @classmethod
+    def read(
+        cls,
+        batches: Iterable[Any],
+        batch_size_fn: Callable[[Any], int] | None,
+        device: torch.device,
+        num_total: int | None = None,
+    ) -> Samples:
+        """Return the samples of an iterable of batches, read once; all ranks have to call this together.
+
+        Raises:
+            ValueError: If no rank has a sample, or this is a batch and not several.
+        """
+        if _is_a_batch(batches):
+            raise ValueError(
+                f"Expected `batches` to be an iterable of batches, got one batch ({type(batches).__name__}), whose "
+                "parts would be taken for batches. Pass it in a list: [batch]."
+            )
+        with preserved_rng(device):
+            own = [prepare_batch(batch, device) for batch in batches]
+        sizes = [(batch_size_fn or infer_batch_size)(batch) for batch in own]
+        num_samples = total_count(sum(sizes), device)
+        if num_samples == 0:
+            raise ValueError("Expected at least one sample in `batches`, got none. Check the loader or the probe.")
+        return cls(own, sizes, num_samples, getattr(batches, "num_total", None) if num_total is None else num_total)
+
+    def fresh(self, index: int) -> Any:
+        """Return a copy of a batch: user code may write into its batch, or pop from it."""
+        return copy_batch(self.batches[index])
+
+    def parts(self, num_samples: int, device: torch.device) -> list[Samples]:
+        """Return disjoint parts of ``num_samples`` over all ranks, which call this together; the last may be smaller.
+
+        Sample ``i`` of rank ``r`` counts as sample ``i · world_size + r``, as the probe and a ``DistributedSampler``
+        deal them out: the parts are the same for any number of ranks.
+
+        Raises:
+            ValueError: If a batch cannot be split.
+        """
+        rank, world_size = rank_and_world_size()
+        starts = [max(0, -(-(i - rank) // world_size)) for i in range(0, self.num_samples, num_samples)]
+        stops = [*starts[1:], max(sum(self.sizes), starts[-1])]
+        return [self._between(start, stop, device) for start, stop in zip(starts, stops, strict=True)]
+
+    def _between(self, start: int, stop: int, device: torch.device) -> Samples:
+        batches, sizes, first = [], [], 0
+        for batch, size in zip(self.batches, self.sizes, strict=True):
+            low, high = max(start - first, 0), min(stop - first, size)
+            if low < high:
+                batches.append(slice_samples(batch, size, low, high))
+                sizes.append(high - low)
+            first += size
+        return Samples(batches, sizes, total_count(sum(sizes), device))
+
+
+def _is_a_batch(batches: Any) -> bool:
+    """Return whether what should be several batches is a tensor, a mapping, or tensors of different kinds."""
+    if isinstance(batches, Tensor | Mapping):
+        return True
+    tensors = isinstance(batches, list | tuple) and all(isinstance(part, Tensor) for part in batches)
+    return tensors and len({(part.dtype, part.dim()) for part in batches}) > 1

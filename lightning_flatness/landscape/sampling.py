@@ -1,0 +1,242 @@
+"""How far a mean over the samples of a landscape is from the mean over all samples that they were drawn from.
+
+A measure that is a mean over samples, ``q = 1/N sum_n q_n``, misses the whole set of M by about
+``sd_n(q_n) / sqrt(N) · sqrt(1 - N/M)``. The ``q_n`` are made of the losses of single samples at a few points, by
+``vmap`` over forward passes. Where a sample has no loss of its own (normalisation over the batch, weights of classes)
+or ``vmap`` fails, the same is done with the losses of groups of samples, 32 where there are enough.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_flatness.landscape.batched_loss import BatchedLoss
+from lightning_flatness.landscape.loss_landscape import LossLandscape
+from lightning_flatness.landscape.per_sample import LossModule
+from lightning_flatness.module.batches import copy_batch, map_tensors, slice_samples, tensors_in
+from lightning_flatness.module.loss import check_loss, loss_in
+
+NUM_GROUPS = 32
+LEAST_GROUPS = 8
+_SAME_LOSS = 1e-3
+
+
+class SampleLosses:
+    """The losses of single samples, or of groups of them, at points near the weights.
+
+    Args:
+        landscape: The loss, inside one of its measurements.
+
+    Attributes:
+        value: The loss of all samples.
+        typical: Root mean square of the losses at the weights.
+        at_weights: Losses at the weights themselves, shape (groups of this rank,), in float64 on the CPU.
+        sizes: Samples in each group.
+        num_groups: Groups on all ranks.
+    """
+
+    def __init__(self, landscape: LossLandscape) -> None:
+        self._landscape = landscape
+        loss = landscape.batched_loss
+        self._pieces: list[tuple[int, Any]] | None = None
+        self.at_weights = self._by_sample()
+        self.sizes = torch.ones(sum(loss.samples.sizes), dtype=torch.float64, device="cpu")
+        self.value = float(landscape.loss())
+        if not abs(self._mean(self.at_weights) - self.value) <= _SAME_LOSS * abs(self.value):
+            self._pieces, self.sizes = _groups(loss, max(2, landscape.num_samples // NUM_GROUPS))
+            self.at_weights = self._by_group()
+        self.typical = math.sqrt(self._mean(self.at_weights.square()))
+        self.num_groups = int(_sums(landscape, torch.tensor(float(len(self.sizes)), device="cpu"))[0])
+
+    def at(self, displacement: Tensor) -> Tensor:
+        """Return the losses at displaced weights, shape (groups of this rank,), for one forward pass."""
+        with self._landscape.displaced(displacement):
+            return self._by_sample() if self._pieces is None else self._by_group()
+
+    def second_derivatives(self, velocity: Tensor, acceleration: Tensor) -> Tensor | None:
+        """Return the second derivatives of the losses of samples or groups along a curve through the weights.
+
+        Costs four thirds of a gradient by forward mode for samples, three gradients by two backward passes for groups.
+
+        Args:
+            velocity: First derivative of the curve, shape (num_parameters,).
+            acceleration: Second derivative of the curve.
+
+        Returns:
+            Shape (samples or groups of this rank,); None where an operator has no such derivative.
+        """
+        loss = self._landscape.batched_loss
+        along = loss.unflatten(velocity), loss.unflatten(acceleration)
+        if self._pieces is None:
+            self._landscape.cost.gradient_evaluations += 1  # and a third, counted below
+            found = self._joined(_second_by_vmap(loss, index, *along) for index in loss.indices)
+        else:
+            self._landscape.cost.gradient_evaluations += 3 - 1 / 3
+            found = self._joined(_second_of_group(loss, index, piece, *along) for index, piece in self._pieces)
+        return found if _sums(self._landscape, found.isnan().sum().double())[0] == 0 else None
+
+    def standard_error(self, values: Tensor) -> float:
+        """Return the standard error of the mean of some values of all groups, one of several estimates of each.
+
+        Args:
+            values: Independent estimates of what belongs to a group, shape (estimates, groups of this rank). Their
+                scatter within a group is none between groups, and is taken out, at most half of the variance.
+
+        Returns:
+            The error for the whole set that the samples were drawn from; not a number for fewer than 8 groups.
+        """
+        if self.num_groups < LEAST_GROUPS:
+            return math.nan
+        shares = self.sizes / self._landscape.num_samples
+        common = _sums(self._landscape, (shares * values).sum(dim=1))
+        values = values - torch.tensor(common, dtype=values.dtype, device=values.device).unsqueeze(1)
+        within = values.var(dim=0) / len(values) if len(values) > 1 else torch.zeros_like(shares)
+        squares = shares.square() * torch.stack([values.mean(dim=0).square(), within])
+        total, inner = _sums(self._landscape, squares.sum(dim=1))
+        variance = max(total - inner, total / 2) * self.num_groups / (self.num_groups - 1)
+        return math.sqrt(variance * self._landscape.samples.unseen_share)
+
+    def _mean(self, values: Tensor) -> float:
+        """Return the mean over the samples of all ranks."""
+        return _sums(self._landscape, (self.sizes * values).sum() / self._landscape.num_samples)[0]
+
+    def _by_sample(self) -> Tensor:
+        """Return the losses of this rank's samples; not numbers where they have none."""
+        loss = self._landscape.batched_loss
+        return self._joined(_losses_by_vmap(loss, index) for index in loss.indices)
+
+    def _by_group(self) -> Tensor:
+        assert self._pieces is not None
+        return self._joined(_loss_of(self._landscape.batched_loss, index, piece) for index, piece in self._pieces)
+
+    def _joined(self, losses: Iterator[Tensor]) -> Tensor:
+        self._landscape.cost.gradient_evaluations += 1 / 3
+        with self._landscape.batched_loss.summed(0):  # what one rank raises, all raise
+            joined = torch.cat([torch.empty(0, device="cpu"), *losses])
+        return joined.double()
+
+
+def _sums(landscape: LossLandscape, values: Tensor) -> list[float]:
+    """Return sums over the ranks of one or several numbers."""
+    with landscape.batched_loss.summed(values.numel()) as total:
+        total += values.reshape(-1).to(total)
+    numbers: list[float] = total[: values.numel()].tolist()
+    return numbers
+
+
+def _losses_by_vmap(loss: BatchedLoss, index: int) -> Tensor:
+    def loss_of(batch: Callable[[], Any]) -> Tensor:
+        value: Tensor = loss_in(loss.loss_fn(loss.module, batch()))
+        return value.reshape(())
+
+    return _by_vmap(loss, index, loss_of)
+
+
+def _second_by_vmap(
+    loss: BatchedLoss, index: int, velocity: Sequence[Tensor], acceleration: Sequence[Tensor]
+) -> Tensor:
+    holder = LossModule(loss.module, loss.loss_fn)
+    names = [name for name, p in holder.named_parameters() if p.requires_grad]
+    pieces = zip(loss.parameters, velocity, acceleration, strict=True)
+    curves = dict(zip(names, [(p.detach(), u.to(p.dtype), c.to(p.dtype)) for p, u, c in pieces], strict=True))
+    zero = torch.zeros((), dtype=loss.dtype, device=loss.device)
+    one = torch.ones_like(zero)
+
+    def second(batch: Callable[[], Any]) -> Tensor:
+        def along(t: Tensor) -> Tensor:
+            values = {name: p + t * u + t * t * c / 2 for name, (p, u, c) in curves.items()}
+            value: Tensor = torch.func.functional_call(holder, values, (batch(),))
+            return value.reshape(())
+
+        def slope(t: Tensor) -> Tensor:
+            found: Tensor = torch.func.jvp(along, (t,), (one,))[1]
+            return found
+
+        bend: Tensor = torch.func.jvp(slope, (zero,), (one,))[1]
+        return bend
+
+    return _by_vmap(loss, index, second)
+
+
+def _by_vmap(loss: BatchedLoss, index: int, function: Callable[[Callable[[], Any]], Tensor]) -> Tensor:
+    """Return a function's values on the samples of a batch, in batches of one; not numbers if it fails."""
+    batch, size = loss.samples.fresh(index), loss.samples.sizes[index]
+    is_sliced = [leaf.dim() > 0 and leaf.shape[0] == size for leaf in tensors_in(batch)]
+
+    def of_sample(*sample: Tensor) -> Tensor:
+        leaves = [t.unsqueeze(0) if sliced else t for t, sliced in zip(sample, is_sliced, strict=True)]
+
+        def one() -> Any:
+            pieces = iter(leaves)
+            return map_tensors(lambda _: next(pieces).clone(), batch)  # the user's code may write into its batch
+
+        return function(one)
+
+    in_dims = tuple(0 if sliced else None for sliced in is_sliced)
+    try:
+        with torch.no_grad(), loss.measured.forward_pass(index), _no_warnings():
+            values: Tensor = torch.func.vmap(of_sample, in_dims=in_dims, randomness="same")(*tensors_in(batch))
+            return values.cpu()
+    except MemoryError:
+        raise
+    except Exception:  # a branch on data, a buffer written in place, an operator without a rule, a sample too few
+        return torch.full((size,), math.nan, device="cpu")
+
+
+def _second_of_group(
+    loss: BatchedLoss, index: int, batch: Any, velocity: Sequence[Tensor], acceleration: Sequence[Tensor]
+) -> Tensor:
+    """Return the second derivative of a group's loss: forward mode refuses to update running statistics."""
+    with torch.enable_grad(), loss.measured.forward_pass(index):
+        value = loss_in(loss.loss_fn(loss.module, copy_batch(batch)))
+        try:
+            gradient = torch.autograd.grad(value, loss.parameters, create_graph=True, allow_unused=True)
+            slope = value.new_zeros(()).requires_grad_() + _dot(gradient, velocity)
+            bend = _dot(torch.autograd.grad(slope, loss.parameters, allow_unused=True), velocity)
+        except RuntimeError:  # an operator without a second derivative
+            return torch.full((1,), math.nan, device="cpu")
+    found: Tensor = bend + _dot(gradient, acceleration)
+    return found.detach().cpu().reshape(1)
+
+
+def _dot(gradient: Sequence[Tensor | None], direction: Sequence[Tensor]) -> Any:
+    return sum((g * d.to(g.dtype)).sum() for g, d in zip(gradient, direction, strict=True) if g is not None)
+
+
+def _groups(loss: BatchedLoss, group_size: int) -> tuple[list[tuple[int, Any]], Tensor]:
+    """Divide this rank's batches into groups of nearly equal size; a batch that cannot be split is one."""
+    pieces: list[tuple[int, Any]] = []
+    sizes: list[int] = []
+    for index in loss.indices:
+        batch, size = loss.samples.batches[index], loss.samples.sizes[index]
+        num_groups = max(1, size // group_size)  # at least two samples each: BatchNorm refuses a single one
+        ends = [round(i * size / num_groups) for i in range(num_groups + 1)]
+        try:
+            parts = [slice_samples(batch, size, a, b) for a, b in pairwise(ends)]
+        except ValueError:
+            parts, ends = [batch], [0, size]
+        pieces += [(index, part) for part in parts]
+        sizes += [b - a for a, b in pairwise(ends)]
+    return pieces, torch.tensor(sizes, dtype=torch.float64, device="cpu")
+
+
+def _loss_of(loss: BatchedLoss, index: int, batch: Any) -> Tensor:
+    gradients = nullcontext() if loss.operators.differentiates else torch.no_grad()
+    with gradients, loss.measured.forward_pass(index):
+        output = loss.loss_fn(loss.module, copy_batch(batch))
+    return check_loss(loss_in(output)).detach().cpu().reshape(1)
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of operators that vmap has to loop over
+        yield

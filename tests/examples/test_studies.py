@@ -1,0 +1,438 @@
+"""Studies: verdicts follow from numbers, and a study that was killed ends as if it had not been."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).parents[2]
+STUDIES = ROOT / "examples" / "studies"
+RESULTS = STUDIES / "results"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _import_path():
+    sys.path.insert(0, str(STUDIES))
+    yield
+    sys.path.remove(str(STUDIES))
+
+
+# --------------------------------------------------------------------------------------------------- judging an effect
+
+
+def effect(low, high, unit=""):
+    from verdicts import Effect
+
+    return Effect((low + high) / 2, low, high, 5, unit)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "above", "below"),
+    [
+        (0.1, 0.9, "holds here", "does not"),
+        (-0.9, -0.1, "does not", "holds here"),
+        (-0.1, 0.9, "undecided", "undecided"),
+        (-math.inf, math.inf, "undecided", "undecided"),
+        (math.nan, math.nan, "undecided", "undecided"),
+    ],
+)
+def test_side_of_an_interval(low, high, above, below):
+    from verdicts import judge
+
+    assert judge(effect(low, high), "above") == above
+    assert judge(effect(low, high), "below") == below
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "within", "apart"),
+    [
+        (-0.3, 0.4, "holds here", "does not"),  # nothing there, or too little to matter
+        (0.1, 0.4, "holds here", "does not"),
+        (0.2, 0.9, "undecided", "holds here"),  # something there, but maybe too little
+        (0.6, 0.9, "does not", "holds here"),
+        (-0.9, -0.6, "does not", "holds here"),
+        (-0.9, 0.2, "undecided", "undecided"),
+    ],
+)
+def test_equivalence_and_difference(low, high, within, apart):
+    from verdicts import judge
+
+    assert judge(effect(low, high), "within", 0.5) == within
+    assert judge(effect(low, high), "apart", 0.5) == apart
+    as_ratio = effect(math.exp(low), math.exp(high), "x")
+    assert judge(as_ratio, "within", math.exp(0.5)) == within
+    assert judge(as_ratio, "apart", math.exp(0.5)) == apart
+
+
+def test_equivalence_needs_a_margin():
+    from verdicts import judge
+
+    with pytest.raises(ValueError, match=r"Expected a margin for a claim of 'within', got nan. Choose one"):
+        judge(effect(-0.1, 0.1), "within")
+
+
+def test_verdicts_on_several_parts():
+    from verdicts import all_of, not_all_of
+
+    holds, fails, unknown = "holds here", "does not", "undecided"
+    assert all_of([holds, holds]) == not_all_of([holds, fails]) == holds
+    assert all_of([holds, fails, unknown]) == not_all_of([holds, holds]) == fails
+    assert all_of([holds, unknown]) == not_all_of([holds, unknown]) == unknown
+    assert all_of([]) == not_all_of([]) == unknown
+
+
+# ------------------------------------------------------------------------------------------------- effects from numbers
+
+
+def test_difference_is_paired_and_has_the_t_interval():
+    from verdicts import difference
+
+    a, b = {0: 5.0, 1: 7.0, 2: 6.5, 9: 100.0}, {0: 4.0, 1: 5.5, 2: 5.0, 8: -100.0}
+    found = difference(a, b, " %")
+    low, high = stats.ttest_rel([5.0, 7.0, 6.5], [4.0, 5.5, 5.0]).confidence_interval(0.95)
+    assert (found.estimate, found.low, found.high) == pytest.approx((4 / 3, low, high))
+    assert (found.num, found.unit) == (3, " %")
+
+
+def test_ratio_is_geometric():
+    from verdicts import ratio
+
+    found = ratio({0: 8.0, 1: 2.0}, {0: 1.0, 1: 1.0})
+    assert found.estimate == pytest.approx(4.0)
+    assert found.low * found.high == pytest.approx(16.0)
+    assert found.unit == "x"
+
+
+@pytest.mark.parametrize("seeds", [[], [0]])
+def test_fewer_than_two_pairs_decide_nothing(seeds):
+    from report import interval
+    from verdicts import difference, judge, ratio
+
+    for found in (difference(dict.fromkeys(seeds, 2.0), {0: 1.0}), ratio(dict.fromkeys(seeds, 2.0), {0: 1.0})):
+        assert judge(found, "above") == "undecided"
+        assert found.num == len(seeds)
+        assert interval(found) == "none"
+
+
+def test_interval_covers_as_often_as_it_says():
+    from verdicts import mean_effect
+
+    draw = random.Random(0)
+    samples = [[draw.gauss(1.0, 2.0) for _ in range(5)] for _ in range(2000)]
+    covered = sum(e.low < 1.0 < e.high for e in map(mean_effect, samples))
+    assert covered / 2000 == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize(("slope", "verdict"), [(1.0, "holds here"), (-1.0, "does not"), (0.0, "undecided")])
+def test_rank_correlation_of_made_up_models(slope, verdict):
+    import psi_flatness_and_generalization as study
+    from verdicts import judge
+
+    draw = random.Random(1)
+    models = [
+        {"setting": f"s{i // 3}", "lambda_max": 10.0**i, "loss_gap": slope * i + draw.gauss(0, 2)} for i in range(30)
+    ]
+    found = study.correlation(models, "lambda_max", "loss_gap")
+    assert judge(found, "above") == verdict
+    gaps = [model["loss_gap"] for model in models]
+    assert found.estimate == pytest.approx(stats.kendalltau(range(30), gaps).statistic)
+
+
+def test_tau_is_that_of_scipy_with_ties():
+    import numpy as np
+    from verdicts import kendall
+
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        x, y = draw.integers(0, 6, size=(2, 15)).astype(float)
+        assert kendall(x, y) == pytest.approx(stats.kendalltau(x, y).statistic)
+    assert kendall(np.ones(3), np.arange(3.0)) == 0.0
+
+
+def test_seeds_of_a_setting_are_not_independent():
+    from verdicts import clustered_bootstrap
+
+    values = [float(i // 10) for i in range(40)]  # ten equal seeds in each of four settings
+    clusters = [f"s{i // 10}" for i in range(40)]
+
+    def width(names):
+        found = clustered_bootstrap(names, lambda chosen: sum(values[i] for i in chosen) / len(chosen))
+        return found.high - found.low
+
+    assert width(clusters) > 2 * width([str(i) for i in range(40)])
+
+
+# ------------------------------------------------------------------------------------------- the studies' own judgement
+
+
+def rows_of(settings, points, columns):
+    """Return rows of three seeds, in which settings have these values, a little different for each seed."""
+    return [
+        {"setting": name, "seed": seed, "point": point, "reached": True, "step": 1, "train_loss": 0.01}
+        | {column: columns(name, column) * (1 + 0.001 * seed) for column in ("lambda_max", "test_accuracy")}
+        | {"invariant_sharpness": columns(name, "invariant_sharpness") * (1 + 0.001 * seed)}
+        for name in settings
+        for point in points
+        for seed in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "accuracy", "verdicts"),
+    [
+        (3.0, 90.0, {"holds here"}),
+        (0.3, 99.0, {"does not"}),
+        (None, None, {"undecided"}),
+    ],
+)
+def test_batch_sizes_are_judged_by_their_numbers(sharpness, accuracy, verdicts):
+    import large_batch_vs_small_batch as study
+
+    size = study.QUICK
+    points = {point for c in size.comparisons for point in (c.full_point, c.small_point)}
+
+    def number(name, column):
+        full = accuracy if column == "test_accuracy" else sharpness
+        return full if "full batch" in name and full else 95.0 if column == "test_accuracy" else 1.0
+
+    rows = rows_of(size.settings(), points, number)
+    if sharpness is None:  # every other seed says the opposite
+        for row in rows:
+            for column in ("lambda_max", "invariant_sharpness", "test_accuracy"):
+                row[column] *= 1 + 0.1 * (-1) ** (row["seed"] + ("full batch" in row["setting"]))
+    lines = study.verdict_lines(rows, size.comparisons)
+    assert len(lines) == 3 * 2 * 4
+    assert {line[-1].strip("*") for line in lines} == verdicts
+
+
+def test_findings_are_judged_by_their_numbers():
+    import max_eigenvalue_and_generalization as study
+
+    grid = study.QUICK
+    low, high = grid.lrs
+    small, large = grid.batch_sizes
+    places = [(lr, size) for lr in grid.lrs for size in grid.batch_sizes]
+    curvature = {study.plain(lr, size): 1 / lr for lr, size in places}
+    accuracy = {study.plain(lr, size): 95.0 for lr, size in places}
+    accuracy[study.plain(high, small)] += 2
+    for size in grid.batch_sizes:
+        curvature[study.sam(size)] = curvature[study.plain(high, size)] / 2
+        accuracy[study.sam(size)] = accuracy[study.plain(high, size)] + (2 if size == small else 0)
+    for p in (0.0, *grid.dropouts):
+        curvature[study.dropout(p)], accuracy[study.dropout(p)] = 1 - p, 95 - 5 * p
+    for lr, size in places:
+        sharper = 2 if (lr, size) == (low, large) else 0.5
+        curvature[study.batch_norm(lr, size)] = curvature[study.plain(lr, size)] * sharper
+        accuracy[study.batch_norm(lr, size)] = 98.0
+
+    def number(name, column):
+        return accuracy[name] if column == "test_accuracy" else curvature[name]
+
+    def verdicts_of(lines):
+        return [line[-1].strip("*") for line in lines]
+
+    points = {recipe.points[0] for recipe in grid.settings().values()}
+    rows = rows_of(grid.settings(), points, number)
+    findings = study.Findings(rows, grid)
+    assert verdicts_of(findings.learning_rate()) == ["holds here"] * 4
+    assert verdicts_of(findings.scaled_together()) == ["holds here"] * 3
+    assert verdicts_of(findings.sharpness_aware()) == ["holds here"] * 4
+    assert verdicts_of(findings.excessive_dropout()) == ["holds here"] * 2
+    normalized = verdicts_of(findings.batch_normalization())
+    assert normalized == ["smaller", "smaller", "larger", "smaller", "holds here", *["holds here"] * 4]
+
+    for row in rows:  # turned around: everything becomes sharper, and worse
+        row["lambda_max"] = 1 / row["lambda_max"]
+        row["test_accuracy"] = 190 - row["test_accuracy"]
+    turned = study.Findings(rows, grid)
+    assert verdicts_of(turned.learning_rate()) == ["does not"] * 4
+    assert verdicts_of(turned.excessive_dropout()) == ["does not"] * 2
+    assert verdicts_of(turned.sharpness_aware()) == ["does not"] * 4
+
+    missing = study.Findings([row | {"reached": False} for row in rows], grid)
+    for lines in (missing.learning_rate(), missing.scaled_together(), missing.batch_normalization()):
+        assert set(verdicts_of(lines)) == {"undecided"}
+
+
+# ---------------------------------------------------------------------------------------------- the committed results
+
+
+def read_csv(path):
+    def value(text):
+        if text in ("True", "False", ""):
+            return {"True": True, "False": False, "": None}[text]
+        try:
+            return int(text) if text.isdigit() else float(text)
+        except ValueError:
+            return text
+
+    with path.open(newline="") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def verdicts_from_rows(name, rows):
+    if name == "large_batch_vs_small_batch":
+        import large_batch_vs_small_batch as study
+
+        return study.verdict_lines(rows, study.FULL.comparisons)
+    if name == "max_eigenvalue_and_generalization":
+        import max_eigenvalue_and_generalization as study
+
+        return [line for lines in study.Findings(rows, study.FULL).verdicts().values() for line in lines]
+    import psi_flatness_and_generalization as study
+
+    models = study.models_of(rows)
+    assert len(models) >= 20
+    return study.correlation_lines(models) + study.advantage_lines(models)
+
+
+@pytest.mark.parametrize(
+    "name", ["large_batch_vs_small_batch", "max_eigenvalue_and_generalization", "psi_flatness_and_generalization"]
+)
+def test_committed_verdicts_follow_from_the_committed_numbers(name):
+    table = (RESULTS / f"{name}.md").read_text()
+    lines = verdicts_from_rows(name, read_csv(RESULTS / f"{name}.csv"))
+    printed = [line for line in table.splitlines() if line.endswith("** |")]
+    assert printed == [f"| {' | '.join(line)} |" for line in lines if line[-1].startswith("**")]
+    readme = (STUDIES / "README.md").read_text()
+    assert [line for line in readme.splitlines() if line in printed], f"The page quotes nothing of {name}.md"
+
+
+def test_readme_has_no_verdict_of_its_own():
+    tables = "".join(path.read_text() for path in RESULTS.glob("*.md")).splitlines()
+    verdicts = [line for line in (STUDIES / "README.md").read_text().splitlines() if line.endswith("** |")]
+    assert verdicts
+    assert not [line for line in verdicts if line not in tables]
+
+
+# ----------------------------------------------------------------------------------------------------------- one run
+
+
+@pytest.mark.slow
+def test_run_is_measured_at_its_points_on_all_training_samples(tmp_path, monkeypatch):
+    import training
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from training import Recipe, RecipeModule, data_of, train_and_measure
+
+    from lightning_flatness import LossLandscape, TopEigenvalues
+
+    folder = tmp_path / "a setting" / "seed3"
+    recipe = Recipe(("step=5", "loss=2", "loss=1e-9"), ("lambda_max",), 80, 100, 0.05, data="digits")
+    rows = {row["point"]: row for row in train_and_measure("a setting", 3, recipe, folder)}
+    assert {(row["setting"], row["seed"]) for row in rows.values()} == {("a setting", 3)}
+    assert rows["loss=1e-9"] == {"setting": "a setting", "seed": 3, "point": "loss=1e-9", "reached": False}
+    assert rows["step=5"]["step"] == 5
+    assert rows["step=5"]["epoch"] == 5 / 14
+    assert 1.8 < rows["loss=2"]["train_loss"] <= 2.0 < rows["step=5"]["train_loss"]
+
+    events = EventAccumulator(str(folder)).Reload()
+    logged = {e.step: e.value for e in events.Scalars("flatness/lambda_max")}
+    assert logged == {row["step"]: pytest.approx(row["lambda_max"]) for row in rows.values() if row["reached"]}
+
+    modules = []
+    monkeypatch.setattr(training, "RecipeModule", lambda *args: modules.append(RecipeModule(*args)) or modules[-1])
+    [again] = train_and_measure("a setting", 3, replace(recipe, points=("step=5",)), folder)
+    assert again == rows["step=5"]
+    data = data_of(recipe)
+    metric = TopEigenvalues(tol=1e-5)
+    landscape = LossLandscape(modules[0], [data.train_set.tensors])
+    metric.update(landscape)
+    assert again["lambda_max"] == pytest.approx(float(metric.compute()), rel=1e-3)
+    assert again["train_loss"] == pytest.approx(float(landscape.loss()), rel=1e-5)
+    x, y = data.test_set.tensors
+    num_right = sum(modules[0].net(x).argmax(dim=1) == y).item()
+    assert again["test_accuracy"] == pytest.approx(100 * num_right / len(y))
+
+
+# ------------------------------------------------------------------------------------------------- killed, and resumed
+
+
+@pytest.fixture
+def start():
+    """Start the small study in a process of its own; what is left of it in the end is killed."""
+    processes = []
+
+    def start(out, workers):
+        script = str(Path(__file__).parents[1] / "helpers" / "small_study.py")
+        command = [sys.executable, script, "--quick", "--out", str(out), "--workers", str(workers)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_in_the_middle(process, runs, at_least):
+    deadline = time.monotonic() + 900
+    while len(list(runs.glob("*.json"))) < at_least:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)  # ends when the last worker has closed its output, too
+
+
+@pytest.mark.slow
+def test_killed_study_gives_the_same_table(tmp_path, start):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(whole, workers=1))
+
+    kill_in_the_middle(start(killed, workers=2), killed / "runs", at_least=2)
+    done = {path.name: path.stat().st_mtime_ns for path in (killed / "runs").glob("*.json")}
+    assert 2 <= len(done) < 6
+    (killed / "runs" / "half.123.tmp").write_text('{"run": ')  # what a kill between writing and renaming leaves
+    assert f"{len(done)} of 6 runs are done already" in finish(start(killed, workers=1))
+    assert {name: (killed / "runs" / name).stat().st_mtime_ns for name in done} == done
+
+    name = "large_batch_vs_small_batch"
+    assert (killed / f"{name}.csv").read_bytes() == (whole / f"{name}.csv").read_bytes()
+    *table, provenance = (killed / f"{name}.md").read_text().splitlines()
+    assert table == (whole / f"{name}.md").read_text().splitlines()[:-1]
+    assert len([line for line in table if line.endswith("** |")]) == 12
+    assert provenance.startswith("6 runs at commit ")
+    logs = list((killed / "logs").glob("*/seed*"))
+    assert len(logs) == 6
+    for folder in logs:  # one event file each: what the killed one had logged is gone
+        assert len(list(folder.glob("events*"))) == 1, folder
+
+
+@pytest.mark.slow
+def test_run_of_another_recipe_is_done_again(tmp_path):
+    from study import Run, finish
+    from training import Recipe
+
+    recipe = Recipe((), (), 1, 32, 0.1)
+    seen = []
+
+    def train(setting, seed, recipe, folder):
+        seen.append((setting, seed, recipe.lr))
+        return [{"setting": setting, "seed": seed, "lr": recipe.lr}]
+
+    runs = [Run("a", 0, recipe), Run("a", 1, recipe)]
+    finish(runs, tmp_path, 1, train)
+    rows = finish([runs[0], Run("a", 1, replace(recipe, lr=0.2)), Run("b", 0, recipe)], tmp_path, 1, train)
+    assert seen == [("a", 0, 0.1), ("a", 1, 0.1), ("a", 1, 0.2), ("b", 0, 0.1)]
+    assert [row["lr"] for row in rows] == [0.1, 0.2, 0.1]

@@ -1,0 +1,1 @@
+"""What tests share: modules, problems, workers of several ranks, and a browser."""
