@@ -17,6 +17,7 @@ from lightning_flatness.compare.grouping import group_runs
 from lightning_flatness.compare.moments import Reading, parse_moment, read_at, step_of_loss
 from lightning_flatness.compare.reading import Run, natural, read_runs
 from lightning_flatness.compare.tags import (
+    TOLERANCE,
     NothingToCompareError,
     chosen_metrics,
     default_metrics,
@@ -24,7 +25,6 @@ from lightning_flatness.compare.tags import (
     is_part_of_another,
     missing_curves,
 )
-from lightning_flatness.estimators import TOLERANCE
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from fnmatch import fnmatchcase
 from lightning_flatness.compare.reading import Curve, Run
 
 FLATNESS_PREFIX = "flatness/"
+TOLERANCE = 1e-2
+"""The monitor's default ``tol``, written again: its own definition imports torch, which comparing does without."""
+
 _LOSS_TAGS = (
     *("train_loss_epoch", "train/loss_epoch", "train_loss", "train/loss", "loss/train", "training_loss"),
     *("train/epoch_loss", "loss_epoch", "loss", "train_loss_step", "train/loss_step", "loss_step"),

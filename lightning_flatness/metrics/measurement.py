@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_flatness.estimators import LearningRates, NonFiniteProductError, UndefinedMeasureError
 from lightning_flatness.geometry import MissingOptimizerStateError
 from lightning_flatness.landscape import LossLandscape
-from lightning_flatness.metrics.base import FlatnessMetric
+from lightning_flatness.metrics.base import Curve, FlatnessMetric
 from lightning_flatness.metrics.batch import BatchSharpness
 from lightning_flatness.module.loss import NonFiniteLossError
 
@@ -110,13 +110,23 @@ def _add(measured: Measurement, name: str, metric: FlatnessMetric) -> None:
     if (figure := metric.figure()) is not None:
         measured.figures[name] = figure
     if not metric.converged and not all(math.isnan(c.value) for c in curves):
-        num_products, cost = int(metric.num_products), float(metric.gradient_evaluations)
-        spent = f"{num_products} Hessian-vector products" if num_products else f"{cost:.0f} gradient evaluations"
-        reached = ", ".join(f"{c.name} {c.value:.2g}, {c.name}_{metric.error_name} {c.error:.2g}" for c in curves)
-        measured.remarks[name] = (
-            f"did not converge within {spent}: {reached}. Its curves show by how much. HINT: raise its "
-            f"`{metric.effort}` or `tol`."
+        measured.remarks[name] = _remark(metric, curves)
+
+
+def _remark(metric: FlatnessMetric, curves: list[Curve]) -> str:
+    """Say what has not converged, why, and what to do."""
+    reached = ", ".join(f"{c.name} {c.value:.2g}, {c.name}_{metric.error_name} {c.error:.2g}" for c in curves)
+    num_products, cost = int(metric.num_products), float(metric.gradient_evaluations)
+    if num_products < metric.settings.get("max_products", 0):
+        return (
+            f"did not converge: rounding came before its `tol`, {reached}. Its curves show by how much. HINT: raise "
+            "its `tol`, or measure weights of a longer type."
         )
+    spent = f"{num_products} Hessian-vector products" if num_products else f"{cost:.0f} gradient evaluations"
+    return (
+        f"did not converge within {spent}: {reached}. Its curves show by how much. HINT: raise its "
+        f"`{metric.effort}` or `tol`."
+    )
 
 
 def edge_of_stability(

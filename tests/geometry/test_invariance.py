@@ -48,7 +48,7 @@ def loss_fn(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def measure(module: nn.Module, geometry: str, mode: Mode = "eval", shape: tuple[int, ...] = (5,)) -> Tensor:
     dtype = next(module.parameters()).dtype
     landscape = LossLandscape(module, data(dtype, *shape), loss_fn, mode=mode)
-    metric = TopEigenvalues(k=1, geometry=geometry, which="LM", tol=1e-12 if dtype == torch.float64 else 1e-6)
+    metric = TopEigenvalues(k=1, geometry=geometry, which="LM", tol=1e-12 if dtype == torch.float64 else 1e-5)
     metric.update(landscape)
     assert metric.converged
     return metric.compute()

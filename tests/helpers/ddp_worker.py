@@ -38,7 +38,7 @@ def monitor(out: Path, num_devices: int, probe_size: int) -> None:
     torch.manual_seed(0)
     run = trainer(
         out,
-        FlatnessMonitor(top_k=3, probe_size=probe_size, probe_batch_size=4, tol=1e-6),
+        FlatnessMonitor(top_k=3, probe_size=probe_size, probe_batch_size=4, tol=1e-5),
         logger=CSVLogger(out, name="logs"),
         strategy="ddp" if num_devices > 1 else "auto",
         devices=num_devices,
@@ -138,7 +138,7 @@ def once(out: Path) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     module, problem = once_differentiable_twin()
     landscape = LossLandscape(module, problem.batches if rank else [], problem.loss_fn)
-    metric = TopEigenvalues(tol=1e-6)
+    metric = TopEigenvalues(tol=1e-5)
     metric.update(landscape)
     (out / f"rank{rank}.json").write_text(json.dumps([landscape.engine, metric.compute().tolist()]))
     dist.destroy_process_group()

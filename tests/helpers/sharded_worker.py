@@ -308,7 +308,7 @@ def monitor(out: Path) -> dict[str, Any]:
     """Fit with the monitor and without, with weights sharded and whole."""
 
     def watch() -> FlatnessMonitor:
-        return FlatnessMonitor(top_k=2, probe_size=17, probe_batch_size=4, tol=1e-6, every_n_steps=2)
+        return FlatnessMonitor(top_k=2, probe_size=17, probe_batch_size=4, tol=1e-5, every_n_steps=2)
 
     def sharding() -> ModelParallelStrategy:
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)

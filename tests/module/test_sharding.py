@@ -145,7 +145,7 @@ def test_monitor_measures_the_same_under_model_parallel_strategy_as_under_ddp(fi
 
 def test_monitor_measures_a_tensor_parallel_module(fits, tmp_path):
     seed_everything(0, verbose=False)
-    run = trainer(tmp_path, FlatnessMonitor(top_k=2, probe_size=17, tol=1e-6), max_epochs=1)
+    run = trainer(tmp_path, FlatnessMonitor(top_k=2, probe_size=17, tol=1e-5), max_epochs=1)
     run.fit(Classifier(lr=1e-12), loader(Augmented(), batch_size=4))
     for fit in fits:
         for key in ("lambda_max", "lambda_2", "invariant_sharpness"):
@@ -161,7 +161,7 @@ def test_sam_callback_on_sharded_weights(tmp_path):
             assert sharded["logged"]["sam/loss_rise"] > 1e-3
             for key, values in whole["weights"].items():
                 torch.testing.assert_close(
-                    torch.tensor(sharded["weights"][key]), torch.tensor(values), rtol=1e-4, atol=1e-6
+                    torch.tensor(sharded["weights"][key]), torch.tensor(values), rtol=1e-4, atol=1e-5
                 )
         without, zero = rank["zero"]
         assert without == zero
