@@ -54,6 +54,7 @@ def measures() -> dict[str, FlatnessMetric]:
         "relative_flatness": metrics.RelativeFlatness(num_products=24),
         "minimum_sharpness": metrics.MinimumSharpness(num_products=48),
         "gradient_noise": metrics.GradientNoise(),
+        "fisher_trace": metrics.FisherTrace(),
         "noise_curvature_ratio": metrics.NoiseCurvatureRatio(num_products=24),
     }
 

@@ -9,7 +9,7 @@ from lightning_flatness.estimators.eigenvalues import top_eigenvalues
 from lightning_flatness.estimators.krylov.lanczos import TOLERANCE, lanczos
 from lightning_flatness.estimators.krylov.solver import EigenResult, Which
 from lightning_flatness.estimators.minimum import MinimumSharpnessResult, minimum_sharpness
-from lightning_flatness.estimators.noise import gradient_noise, noise_curvature_ratio
+from lightning_flatness.estimators.noise import fisher_trace, gradient_noise, noise_curvature_ratio
 from lightning_flatness.estimators.operators import NonFiniteProductError, Operator
 from lightning_flatness.estimators.relative import relative_flatness
 from lightning_flatness.estimators.result import Estimate
@@ -40,6 +40,7 @@ __all__ = [
     "basis_path_balance",
     "batch_sharpness",
     "current_learning_rates",
+    "fisher_trace",
     "gradient_noise",
     "hessian_trace",
     "lanczos",

@@ -32,6 +32,15 @@ def gradient_noise(landscape: LossLandscape, geometry: str | Geometry = "euclide
     return _noise_estimate(landscape, value, math.sqrt(variance / n) * n / (n - 1), tol)
 
 
+def fisher_trace(landscape: LossLandscape, geometry: str | Geometry = "euclidean", *, tol: float = 0.2) -> Estimate:
+    """Return the mean squared norm of the gradients of single samples at the current weights, ``1/N sum_n ‖g_n‖²``.
+
+    Arguments, cost and errors as of :class:`lightning_flatness.FisherTrace`.
+    """
+    n, total, variance = _squared_norms(landscape, geometry, centred=False)
+    return _noise_estimate(landscape, total / n, math.sqrt(variance / n), tol)
+
+
 def _noise_estimate(landscape: LossLandscape, value: float, scatter: float, tol: float) -> Estimate:
     rounding = 16 * torch.finfo(landscape.dtype).eps * value
     standard_error = math.hypot(scatter * math.sqrt(landscape.samples.unseen_share), rounding)

@@ -4,7 +4,7 @@ from lightning_flatness.metrics.base import FlatnessMetric
 from lightning_flatness.metrics.batch import BatchSharpness
 from lightning_flatness.metrics.density import SpectralDensity
 from lightning_flatness.metrics.eigenvalues import InvariantSharpness, TopEigenvalues
-from lightning_flatness.metrics.gradient_noise import GradientNoise, NoiseCurvatureRatio
+from lightning_flatness.metrics.gradient_noise import FisherTrace, GradientNoise, NoiseCurvatureRatio
 from lightning_flatness.metrics.layerwise import MinimumSharpness, RelativeFlatness
 from lightning_flatness.metrics.path import BasisPathBalance, PSISharpness
 from lightning_flatness.metrics.presets import TYPICAL_COSTS, Preset, preset_metrics
@@ -16,6 +16,7 @@ __all__ = [
     "AverageCaseSharpness",
     "BasisPathBalance",
     "BatchSharpness",
+    "FisherTrace",
     "FlatnessMetric",
     "GradientNoise",
     "HessianTrace",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_flatness.estimators import Operator, TraceMethod, gradient_noise, noise_curvature_ratio
+from lightning_flatness.estimators import Operator, TraceMethod, fisher_trace, gradient_noise, noise_curvature_ratio
 from lightning_flatness.geometry import Geometry
 from lightning_flatness.metrics.base import FlatnessMetric, arguments
 
@@ -41,6 +41,39 @@ class GradientNoise(FlatnessMetric):
     error_name = "numerical_error"
     effort = "probe_size"
     estimator = staticmethod(gradient_noise)
+
+    def __init__(self, geometry: str | Geometry = "euclidean", tol: float = 0.2) -> None:
+        super().__init__(**arguments(locals()))
+
+
+class FisherTrace(FlatnessMetric):
+    r"""The trace of the empirical Fisher matrix: the mean squared norm of the gradients of single samples.
+
+        tr F = 1/N sum_n ‖g_n‖²,
+
+    at the current weights; its standard error is that of sampling the N samples. arXiv 1905.12558 says where it differs
+    from the Fisher matrix and the Hessian. It is the uncentred :class:`GradientNoise`: same cost, units, invariances.
+
+    Args:
+        geometry: ``"euclidean"``, ``"layer"``, ``"filter"``, ``"element"``, … or a ``Geometry``.
+        tol: Standard error, relative to the value, at which the value counts as converged.
+
+    Raises:
+        ValueError: As :class:`GradientNoise`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_flatness import FisherTrace, LossLandscape
+        >>> module = torch.nn.Linear(1, 1, bias=False)
+        >>> metric = FisherTrace()
+        >>> metric.update(LossLandscape(module, [torch.tensor([[1.0], [3.0]])], lambda module, x: module(x).mean()))
+        >>> metric.compute()  # of the gradients 1 and 3
+        tensor(5.)
+    """
+
+    error_name = "numerical_error"
+    effort = "probe_size"
+    estimator = staticmethod(fisher_trace)
 
     def __init__(self, geometry: str | Geometry = "euclidean", tol: float = 0.2) -> None:
         super().__init__(**arguments(locals()))

@@ -9,7 +9,7 @@ from lightning_flatness.metrics.base import FlatnessMetric
 from lightning_flatness.metrics.batch import BatchSharpness
 from lightning_flatness.metrics.density import SpectralDensity
 from lightning_flatness.metrics.eigenvalues import InvariantSharpness, TopEigenvalues
-from lightning_flatness.metrics.gradient_noise import GradientNoise, NoiseCurvatureRatio
+from lightning_flatness.metrics.gradient_noise import FisherTrace, GradientNoise, NoiseCurvatureRatio
 from lightning_flatness.metrics.layerwise import MinimumSharpness, RelativeFlatness
 from lightning_flatness.metrics.path import PSISharpness
 from lightning_flatness.metrics.sharpness import AverageCaseSharpness, WorstCaseSharpness
@@ -30,6 +30,7 @@ TYPICAL_COSTS: dict[str, tuple[int, int, int]] = {
     "minimum_sharpness": (194, 194, 194),
     "psi_sharpness": (15, 13, 7),
     "gradient_noise": (2, 2, 2),
+    "fisher_trace": (2, 2, 2),
     "noise_curvature_ratio": (99, 99, 99),
     "batch_sharpness": (4, 4, 4),
 }
@@ -63,6 +64,7 @@ def preset_metrics(
     minimum_sharpness            194         ``MinimumSharpness()``
     psi_sharpness                15, 13, 7   ``PSISharpness()``
     gradient_noise               2           ``GradientNoise()``
+    fisher_trace                 2           ``FisherTrace()``
     noise_curvature_ratio        99          ``NoiseCurvatureRatio()``
     batch_sharpness              4           ``BatchSharpness()``
     ============================ =========== =====================================================
@@ -104,6 +106,7 @@ def preset_metrics(
             "minimum_sharpness": MinimumSharpness(seed=seed),
             "psi_sharpness": PSISharpness(tol=tol, seed=seed),
             "gradient_noise": GradientNoise(),
+            "fisher_trace": FisherTrace(),
             "noise_curvature_ratio": NoiseCurvatureRatio(seed=seed),
             "batch_sharpness": BatchSharpness(),
         }

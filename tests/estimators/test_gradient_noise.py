@@ -12,7 +12,7 @@ from helpers.problems import Problem, classification, make_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_flatness import GradientNoise, LossLandscape, NoiseCurvatureRatio
+from lightning_flatness import FisherTrace, GradientNoise, LossLandscape, NoiseCurvatureRatio
 from lightning_flatness.estimators import UndefinedMeasureError, gradient_noise, hessian_trace
 from lightning_flatness.module.batches import map_tensors
 
@@ -60,6 +60,27 @@ def test_trace_of_the_covariance_equals_the_dense_one(name, geometry):
     error = float(squares.std()) / math.sqrt(n) * n / (n - 1)
     assert float(result.standard_error) == pytest.approx(error, rel=1e-9)
     assert landscape.cost.gradient_evaluations == pytest.approx(2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("geometry", ["euclidean", "layer"])
+def test_fisher_trace_is_the_mean_of_the_squared_norms(name, geometry):
+    problem = make_problem(name)
+    squares = (dense_gradients(problem) * problem.scale(geometry)).square().sum(dim=1)
+    metric = FisherTrace(geometry)
+    metric.update(landscape_of(problem))
+    assert float(metric.compute()) == pytest.approx(float(squares.mean()), rel=1e-9)
+    assert float(metric.standard_error) == pytest.approx(float(squares.std()) / math.sqrt(len(squares)), rel=1e-9)
+    assert float(metric.gradient_evaluations) == pytest.approx(2)
+
+
+def test_fisher_trace_of_least_squares_in_closed_form():
+    module = nn.Linear(1, 1, bias=False).double()
+    x = torch.arange(1.0, 8.0, dtype=torch.float64)[:, None]
+    metric = FisherTrace()  # the loss (w x)² has the gradient 2 w x²
+    metric.update(LossLandscape(module, x.split(3), lambda m, x: m(x).square().mean()))
+    expected = 4 * module.weight.detach() ** 2 * (x**4).mean()
+    assert float(metric.compute()) == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_the_same_in_small_chunks_and_without_vmap(monkeypatch):

@@ -20,6 +20,7 @@ from torchmetrics import MetricCollection
 import lightning_flatness
 from lightning_flatness import (
     BasisPathBalance,
+    FisherTrace,
     GradientNoise,
     InvariantSharpness,
     LossLandscape,
@@ -212,7 +213,7 @@ def snapshot(landscape: LossLandscape) -> dict[str, Any]:
 @all_metrics
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_no_trace_after_success(make, mode):
-    if mode == "train" and type(make()) in (GradientNoise, NoiseCurvatureRatio):
+    if mode == "train" and type(make()) in (FisherTrace, GradientNoise, NoiseCurvatureRatio):
         pytest.skip("gradients of single samples are not defined under dropout")
     landscape = make_landscape(mode=mode)
     landscape.module.train()
