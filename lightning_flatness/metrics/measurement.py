@@ -119,8 +119,8 @@ def _remark(metric: FlatnessMetric, curves: list[Curve]) -> str:
     num_products, cost = int(metric.num_products), float(metric.gradient_evaluations)
     if num_products < metric.settings.get("max_products", 0):
         return (
-            f"did not converge: rounding came before its `tol`, {reached}. Its curves show by how much. HINT: raise "
-            "its `tol`, or measure weights of a longer type."
+            f"did not converge: errors of its products (rounding, finite differences) exceed its `tol`: {reached}. Its "
+            "curves show by how much. HINT: raise its `tol`, or measure weights of a longer type."
         )
     spent = f"{num_products} Hessian-vector products" if num_products else f"{cost:.0f} gradient evaluations"
     return (
