@@ -27,7 +27,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.ticker import LogLocator, NullFormatter
 from sklearn.datasets import load_digits
-from style import COLOURS, new_figure, save, tidy
+from style import COLOURS, draw_errors, new_figure, save, tidy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -176,7 +176,8 @@ def draw(results: dict[str, Curves], path: Path) -> None:
     for (name, curves), (top, bottom) in zip(results.items(), axes.T, strict=True):
         run, colour = RUNS[name], COLOURS[RUNS[name].method]
         top.plot(*zip(*curves[run.sharpness], strict=True), lw=1.4, color=colour)
-        if run.batch_size:
+        if run.batch_size:  # the others are measured on all samples there are
+            draw_errors(top, curves, run.sharpness, colour)
             largest = zip(*curves["flatness/lambda_max"], strict=True)
             top.plot(*largest, lw=1, color=COLOURS["reference"], label="lambda_max")
             top.legend(loc="center right", frameon=False)

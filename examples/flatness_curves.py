@@ -13,12 +13,11 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from digits import ConvNet, DigitsDataModule
 from lightning.pytorch.loggers import TensorBoardLogger
-from style import COLOURS, new_figure, save, tidy
+from style import COLOURS, draw_errors, new_figure, save, standard_error, tidy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_flatness import FlatnessMonitor
@@ -67,18 +66,6 @@ def print_table(curves: dict[str, Curve]) -> None:
         )
 
 
-def standard_error(tag: str) -> str:
-    """Return the name of the curve of the standard errors of a curve."""
-    return f"flatness_errors/{tag.removeprefix('flatness/')}_standard_error"
-
-
-def draw_band(ax: Any, curves: dict[str, Curve], tag: str, color: str) -> None:
-    """Draw the values plus and minus their standard errors for the whole training set."""
-    errors = dict(curves[standard_error(tag)])
-    points = [(step, value - errors[step], value + errors[step]) for step, value in curves[tag]]
-    ax.fill_between(*zip(*points, strict=True), color=color, alpha=0.18, lw=0)
-
-
 def draw(curves: dict[str, Curve], path: Path) -> None:
     """Draw the eigenvalues, the invariant sharpness and the losses over the steps."""
     figure, color = new_figure(11, 3.6), COLOURS["SGD"]
@@ -88,11 +75,11 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     for i, tag in enumerate(eigenvalues):
         steps, values = zip(*curves[tag], strict=True)
         axes[0].plot(steps, values, marker="o", ms=3, color=color, alpha=1 - 0.8 * i / len(eigenvalues), label=tag[9:])
-    draw_band(axes[0], curves, eigenvalues[0], color)
+    draw_errors(axes[0], curves, eigenvalues[0], color)
     axes[0].set(title="Largest Hessian eigenvalues", xlabel="optimizer step", yscale="log")
     steps, values = zip(*curves["flatness/invariant_sharpness"], strict=True)
     axes[1].plot(steps, values, marker="o", ms=3, color=color)
-    draw_band(axes[1], curves, "flatness/invariant_sharpness", color)
+    draw_errors(axes[1], curves, "flatness/invariant_sharpness", color)
     axes[1].set(title="Invariant sharpness", xlabel="optimizer step", yscale="log")
     for tag, line in (("train_loss", "-"), ("test_loss", "--")):
         steps, values = zip(*curves[tag], strict=True)

@@ -30,7 +30,7 @@ import lightning.pytorch as pl
 import torch
 from digits import ConvNet, DigitsDataModule, Mnist5kDataModule
 from lightning.pytorch.loggers import TensorBoardLogger
-from style import COLOURS, new_figure, save, tidy
+from style import COLOURS, draw_band, new_figure, save, standard_error, tidy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.nn import functional as F
@@ -123,7 +123,9 @@ def train(
 def read_curves(log_dir: Path, num_epochs: int) -> Curves:
     """Read the last value of every epoch back from the event file; flatness begins before the first one."""
     events = EventAccumulator(str(log_dir)).Reload()
-    return {tag: [event.value for event in events.Scalars(tag)][-num_epochs:] for tag, _ in COLUMNS.values()}
+    tags = [tag for tag, _ in COLUMNS.values()]
+    tags += [standard_error(tag) for tag in tags if tag.startswith("flatness/")]
+    return {tag: [event.value for event in events.Scalars(tag)][-num_epochs:] for tag in tags}
 
 
 Rows = dict[str, tuple[list[Run], list[int]]]
@@ -194,10 +196,13 @@ def draw_equal_loss(rows: Rows, path: Path, args: argparse.Namespace, progress: 
             line = loss_along_eigenvector(run.weights[epoch - 1], args, args.radius)
             valley.plot(line.x, line.losses, color=COLOURS[label], lw=1.8, alpha=0.8, label=label if i == 0 else None)
             losses, sharpness = run.curves["loss_on_all_training_samples"], run.curves["flatness/lambda_max"]
-            course.plot(losses, sharpness, ".-", color=COLOURS[label], lw=0.6, ms=5, alpha=0.5)
+            errors = run.curves[standard_error("flatness/lambda_max")]
+            course.errorbar(losses, sharpness, errors, fmt=".-", color=COLOURS[label], lw=0.6, ms=5, alpha=0.5)
             course.plot(losses[epoch - 1], sharpness[epoch - 1], "o", color=COLOURS[label], mec="black", ms=8, zorder=3)
     valley.set(title="Loss along the sharpest direction", xlabel="distance in weight space", ylabel="training loss")
-    course.set(title="Sharpness after each epoch", xlabel="training loss, falling", ylabel="lambda_max")
+    course.set(
+        title="Sharpness after each epoch", xlabel="training loss, falling", ylabel="lambda_max ± standard error"
+    )
     course.set(xscale="log", yscale="log")
     course.invert_xaxis()
     for ax in (valley, course):
@@ -206,6 +211,12 @@ def draw_equal_loss(rows: Rows, path: Path, args: argparse.Namespace, progress: 
     figure.legend(*valley.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle("Compared at equal training loss (large dots: the weights on the left)", fontsize=11)
     save(figure, path)
+
+
+def band(run: Run, tag: str, sign: int) -> list[float]:
+    """Return one end of the values, plus or minus their standard errors where they have any."""
+    errors = run.curves.get(standard_error(tag), [0.0] * len(run.curves[tag]))
+    return [value + sign * error for value, error in zip(run.curves[tag], errors, strict=True)]
 
 
 def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
@@ -223,14 +234,18 @@ def draw_curves(runs: dict[str, list[Run]], path: Path) -> None:
             columns = list(zip(*(run.curves[tag] for run in seeds), strict=True))
             colour = COLOURS[label]
             ax.plot(x, [statistics.fmean(c) for c in columns], color=colour, label=label, lw=1.8, marker="o", ms=3)
-            ax.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.18, lw=0)
+            lowest = [min(ends) for ends in zip(*(band(run, tag, -1) for run in seeds), strict=True)]
+            highest = [max(ends) for ends in zip(*(band(run, tag, 1) for run in seeds), strict=True)]
+            draw_band(ax, x, lowest, highest, colour)
         ax.set(title=name, xlabel="gradient evaluations", yscale=scale)
         tidy(ax)
     low = min(statistics.median(run.curves["test_accuracy"]) for seeds in runs.values() for run in seeds)
     axes[2].set_ylim(low - 3, 100)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     num_seeds = len(next(iter(runs.values())))
-    figure.suptitle(f"Mean and range over {num_seeds} seeds; each step of SAM takes two gradients", fontsize=10)
+    figure.suptitle(
+        f"Mean and range over {num_seeds} seeds, ± standard errors; a step of SAM takes two gradients", fontsize=10
+    )
     save(figure, path)
 
 

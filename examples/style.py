@@ -6,6 +6,7 @@ test holds this). TensorBoard's screenshots show SGD in warm colours and SAM in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -41,6 +42,24 @@ def tidy(ax: Axes) -> None:
     ax.grid(alpha=0.25)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def draw_band(ax: Axes, x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> None:
+    """Draw how far a curve may be off, standard errors or seeds, behind it."""
+    ax.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+
+
+def standard_error(tag: str) -> str:
+    """Return the name of the curve of the standard errors of a curve."""
+    return f"flatness_errors/{tag.removeprefix('flatness/')}_standard_error"
+
+
+def draw_errors(ax: Axes, curves: Mapping[str, Sequence[tuple[int, float]]], tag: str, colour: str) -> None:
+    """Draw a band of the standard errors for the whole training set around a curve."""
+    errors = dict(curves[standard_error(tag)])
+    steps, values = [step for step, _ in curves[tag]], [value for _, value in curves[tag]]
+    low, high = ([v + sign * errors[step] for step, v in zip(steps, values, strict=True)] for sign in (-1, 1))
+    draw_band(ax, steps, low, high, colour)
 
 
 def save(figure: Figure, path: Path) -> None:

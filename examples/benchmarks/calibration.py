@@ -28,6 +28,7 @@ from fashion import images, network
 
 from lightning_flatness import LossLandscape, metrics
 from lightning_flatness.metrics.base import FlatnessMetric
+from lightning_flatness.module.modes import uses_batch_statistics
 
 RESULTS = Path(__file__).parent / "results" / "calibration.md"
 KINDS = {"mlp": 0.05, "cnn": 0.05, "cnn with BatchNorm": 0.05, "lstm": 0.3}
@@ -40,22 +41,24 @@ NUM_SAMPLES, PROBE_SIZE, BATCH_SIZE = 4096, 512, 128
 Record = dict[str, Any]
 
 
-def measures() -> dict[str, FlatnessMetric]:
+def measures(seed: int = 0) -> dict[str, FlatnessMetric]:
     """Return the measures of the monitor's presets, the expensive ones with fewer products."""
     return {
-        "lambda_max": metrics.TopEigenvalues(tol=1e-2),
-        "invariant_sharpness": metrics.InvariantSharpness(tol=1e-2),
-        "lambda_min": metrics.TopEigenvalues(which="SA", tol=3e-2, max_products=60),
-        "hessian_trace": metrics.HessianTrace(num_products=16),
-        "spectral_density": metrics.SpectralDensity(num_runs=4, num_steps=8),
-        "worst_case_sharpness": metrics.WorstCaseSharpness(rho=0.05),
-        "adaptive_sharpness": metrics.WorstCaseSharpness(rho=0.5, geometry="element"),
-        "average_case_sharpness": metrics.AverageCaseSharpness(rho=0.05, num_draws=10),
-        "relative_flatness": metrics.RelativeFlatness(num_products=24),
-        "minimum_sharpness": metrics.MinimumSharpness(num_products=48),
+        "lambda_max": metrics.TopEigenvalues(seed=seed),
+        "invariant_sharpness": metrics.InvariantSharpness(seed=seed),
+        "lambda_min": metrics.TopEigenvalues(which="SA", tol=3e-2, max_products=60, seed=seed),
+        "hessian_trace": metrics.HessianTrace(num_products=16, seed=seed),
+        "spectral_density": metrics.SpectralDensity(num_runs=4, num_steps=8, seed=seed),
+        "worst_case_sharpness": metrics.WorstCaseSharpness(rho=0.05, seed=seed),
+        "adaptive_sharpness": metrics.WorstCaseSharpness(rho=0.5, geometry="element", seed=seed),
+        "average_case_sharpness": metrics.AverageCaseSharpness(rho=0.05, num_draws=10, seed=seed),
+        "relative_flatness": metrics.RelativeFlatness(num_products=24, seed=seed),
+        "minimum_sharpness": metrics.MinimumSharpness(num_products=48, seed=seed),
+        "psi_sharpness": metrics.PSISharpness(seed=seed),
         "gradient_noise": metrics.GradientNoise(),
         "fisher_trace": metrics.FisherTrace(),
-        "noise_curvature_ratio": metrics.NoiseCurvatureRatio(num_products=24),
+        "noise_curvature_ratio": metrics.NoiseCurvatureRatio(num_products=24, seed=seed),
+        "batch_sharpness": metrics.BatchSharpness(batch_size=64),
     }
 
 
@@ -82,7 +85,8 @@ def stages(kind: str, x: Tensor, y: Tensor) -> dict[int, dict[str, Tensor]]:
 
 def measured(module: nn.Module, x: Tensor, y: Tensor, name: str, metric: FlatnessMetric) -> dict[str, list[float]]:
     """Return value, numerical and standard error of each curve of a metric; nothing where it is not defined."""
-    batches = list(zip(x.split(BATCH_SIZE), y.split(BATCH_SIZE), strict=True))
+    size = BATCH_SIZE if uses_batch_statistics(module, "batch_statistics") else PROBE_SIZE  # others do not depend on it
+    batches = list(zip(x.split(size), y.split(size), strict=True))
     try:
         metric.update(LossLandscape(module, batches, cross_entropy, num_total=NUM_SAMPLES))
     except ValueError as error:  # of another network
@@ -94,18 +98,21 @@ def run(path: Path, names: list[str], kinds: list[str], num_probes: int) -> list
     """Measure what the file lacks, one line each, and return all of it."""
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(r["kind"], r["stage"], r["measure"], r["probe"]) for r in records}
+    undefined = {(r["kind"], r["measure"]) for r in records if "undefined" in r["curves"]}
     x, y = images(NUM_SAMPLES)
     weights: dict[str, dict[int, dict[str, Tensor]]] = {kind: stages(kind, x, y) for kind in kinds}
     for name, probe, kind, stage in product(names, range(-1, num_probes), kinds, STAGES):
-        if (kind, stage, name, probe) in done:
+        if (kind, stage, name, probe) in done or (kind, name) in undefined:
             continue
         chosen = torch.randperm(NUM_SAMPLES, generator=torch.Generator().manual_seed(probe + 1))
         chosen = chosen if probe < 0 else chosen[:PROBE_SIZE]  # -1: the whole training set
         module = network(kind).train()
         module.load_state_dict(weights[kind][stage])
-        curves = measured(module, x[chosen], y[chosen], name, measures()[name])
+        curves = measured(module, x[chosen], y[chosen], name, measures(seed=probe + 1)[name])
         record = {"kind": kind, "stage": stage, "measure": name, "probe": probe, "curves": curves}
         records.append(record)
+        if "undefined" in curves:
+            undefined.add((kind, name))
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
     return records

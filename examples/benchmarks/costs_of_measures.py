@@ -20,7 +20,7 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # shared helpers
 from digits import ConvNet, DigitsDataModule
 
-from lightning_flatness import FlatnessMonitor, LossLandscape, OutputLoss
+from lightning_flatness import BatchSharpness, FlatnessMonitor, LossLandscape, OutputLoss
 from lightning_flatness.callbacks.probe import draw_probe
 from lightning_flatness.metrics.presets import TYPICAL_COSTS, preset_metrics
 
@@ -40,6 +40,8 @@ class Costs(pl.Callback):
         assert trainer.train_dataloader is not None  # it is training
         probe = draw_probe(trainer.train_dataloader, FlatnessMonitor().probe_size)
         for name, metric in self.metrics.items():
+            if isinstance(metric, BatchSharpness):
+                metric.run_batch_size = trainer.train_dataloader.batch_size
             landscape = LossLandscape(pl_module, probe, OutputLoss(F.cross_entropy), optimizer=trainer.optimizers)
             metric.update(landscape)
             mark = "" if metric.converged else "*"

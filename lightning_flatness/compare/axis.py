@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,14 @@ from lightning_flatness.compare.reading import Curve, Run
 from lightning_flatness.compare.tags import NothingToCompareError, error_of, unknown_curve
 
 Array = npt.NDArray[np.float64]
+
+
+class Points(NamedTuple):
+    """Points of a curve: where, values, and their standard errors, NaN where there is none."""
+
+    across: Array
+    values: Array
+    errors: Array
 
 
 def check_axis(comparison: Comparison, x: str) -> None:
@@ -35,7 +44,7 @@ def is_monotone(x: str) -> bool:
     return x in ("step", "gradients")
 
 
-def points(comparison: Comparison, run: Run, tag: str, x: str) -> tuple[Array, Array] | None:
+def points(comparison: Comparison, run: Run, tag: str, x: str) -> Points | None:
     """Return the finite points of a curve of a run, against an axis.
 
     Gradients are those of training, in batches: one per step, two with SAM.
@@ -47,7 +56,7 @@ def points(comparison: Comparison, run: Run, tag: str, x: str) -> tuple[Array, A
         x: See :func:`check_axis`.
 
     Returns:
-        Both coordinates, in the order of the steps; None if there is no point.
+        The points in the order of the steps; None if there is none.
     """
     curve = run.curves.get(tag)
     if curve is None:
@@ -60,22 +69,23 @@ def points(comparison: Comparison, run: Run, tag: str, x: str) -> tuple[Array, A
         other = run.curves.get(_tag(comparison, x))
         across = np.full(len(curve), np.nan) if other is None else _at(other, curve.steps)
     keep = np.isfinite(curve.values) & np.isfinite(across)
-    return (across[keep], curve.values[keep]) if keep.any() else None
+    return Points(across[keep], curve.values[keep], _errors(run, tag, curve)[keep]) if keep.any() else None
 
 
-def errors(run: Run, tag: str) -> Array | None:
-    """Return the standard errors of the finite points of a curve, None if not all of them have one.
+def mean_and_band(curves: Sequence[Points]) -> tuple[Array, Array, Array, Array]:
+    """Return the mean of curves, and a band that holds all of them with their standard errors.
 
     Args:
-        run: The run.
-        tag: The curve.
+        curves: Ascending in the first coordinate.
+
+    Returns:
+        Places of any of them, mean, lower and upper end of the band, each of shape (n,).
     """
-    curve, error = run.curves.get(tag), error_of(run, tag, "standard_error")
-    if curve is None or error is None:
-        return None
-    known = dict(zip(error.steps.tolist(), error.values.tolist(), strict=True))
-    found = np.array([known.get(step, np.nan) for step in curve.steps[np.isfinite(curve.values)].tolist()])
-    return found if np.isfinite(found).all() and len(found) else None
+    places, values = on_common_axis([(c.across, c.values) for c in curves])
+    ends = [
+        on_common_axis([(c.across, c.values + sign * np.nan_to_num(c.errors)) for c in curves])[1] for sign in (-1, 1)
+    ]
+    return places, np.nanmean(values, axis=0), np.nanmin(ends[0], axis=0), np.nanmax(ends[1], axis=0)
 
 
 def on_common_axis(curves: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -91,6 +101,13 @@ def on_common_axis(curves: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]
     values = [np.interp(places, across, up, left=np.nan, right=np.nan) for across, up in curves]
     covered = np.isfinite(values).any(axis=0)
     return places[covered], np.stack(values)[:, covered]
+
+
+def _errors(run: Run, tag: str, curve: Curve) -> Array:
+    """Return the standard errors of the points of a curve, NaN where there is none."""
+    error = error_of(run, tag, "standard_error")
+    known = {} if error is None else dict(zip(error.steps.tolist(), error.values.tolist(), strict=True))
+    return np.array([known.get(step, np.nan) for step in curve.steps.tolist()])
 
 
 def _tag(comparison: Comparison, x: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import to_hex
 
-from lightning_flatness.compare.axis import errors, is_monotone, on_common_axis, points
+from lightning_flatness.compare.axis import is_monotone, mean_and_band, points
 from lightning_flatness.compare.comparison import Comparison, Setting
 from lightning_flatness.compare.picture import colors, needs_log_scale
 from lightning_flatness.compare.report import cell_text
@@ -104,16 +104,11 @@ def _traces(comparison: Comparison, setting: Setting, tag: str, x: str, color: s
     found = [(run, curve) for run in setting.runs if (curve := points(comparison, run, tag, x)) is not None]
     common = {"name": setting.name, "legendgroup": setting.name, "mode": "lines+markers", "line": {"color": color}}
     if len(found) > 1 and is_monotone(x):
-        places, values = on_common_axis([curve for _, curve in found])
-        mean = np.nanmean(values, axis=0)
-        band = {
-            "type": "data", "symmetric": False, "array": np.nanmax(values, axis=0) - mean,
-            "arrayminus": mean - np.nanmin(values, axis=0), "thickness": 1,
-        }  # fmt: skip
+        places, mean, low, high = mean_and_band([curve for _, curve in found])
+        band = {"type": "data", "symmetric": False, "array": high - mean, "arrayminus": mean - low, "thickness": 1}
         return [{**common, "x": places, "y": mean, "error_y": band}]
     traces = []
-    for run, (across, up) in found:
-        error = errors(run, tag)
-        bars = {"type": "data", "array": error, "thickness": 1} if error is not None and len(error) == len(up) else None
-        traces.append({**common, "x": across, "y": up, "text": run.name, "error_y": bars})
+    for run, (across, values, error) in found:
+        bars = {"type": "data", "array": error, "thickness": 1} if np.isfinite(error).any() else None
+        traces.append({**common, "x": across, "y": values, "text": run.name, "error_y": bars})
     return traces

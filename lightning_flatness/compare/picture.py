@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lightning_flatness.compare.axis import errors, is_monotone, on_common_axis, points
+from lightning_flatness.compare.axis import is_monotone, mean_and_band, points
 from lightning_flatness.compare.comparison import Comparison, Setting
 from lightning_flatness.compare.tags import FLATNESS_PREFIX
 
@@ -20,8 +20,8 @@ _RANGE_FOR_LOG_SCALE = 10.0
 def draw(comparison: Comparison, x: str = "step") -> Figure:
     """Return a figure of every compared curve over the steps: per setting the mean in a band of the range.
 
-    The band of a setting with a single run is one standard error to either side. With ``x="train_loss"``, or another
-    curve, each run is a line of its own. A panel per curve, with a logarithmic scale where values differ by more than
+    One standard error to either side of each run is in the band. With ``x="train_loss"``, or another curve, each run is
+    a line of its own with error bars. A panel per curve, with a logarithmic scale where values differ by more than
     ten times. Nothing goes through pyplot.
     """
     metrics = comparison.metrics
@@ -48,7 +48,7 @@ def draw(comparison: Comparison, x: str = "step") -> Figure:
     if lines:
         figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=max(1, min(4, len(lines))))
     if is_monotone(x) and any(len(setting.runs) > 1 for setting in comparison.settings):
-        figure.suptitle("mean and range over runs", fontsize=10)
+        figure.suptitle("mean and range over runs, standard errors included", fontsize=10)
     return figure
 
 
@@ -60,20 +60,17 @@ def colors(number: int) -> list[Any]:
 
 
 def _draw_setting(ax: Any, comparison: Comparison, setting: Setting, tag: str, x: str, color: Any) -> Any:
-    found = [(run, curve) for run in setting.runs if (curve := points(comparison, run, tag, x)) is not None]
+    found = [curve for run in setting.runs if (curve := points(comparison, run, tag, x)) is not None]
     if not found:
         return None
     style = {"color": color, "lw": 1.6, "ms": 3}
     if not is_monotone(x):
-        for _, (across, up) in found:
-            (line,) = ax.plot(across, up, marker="o", **style)
+        for across, values, error in found:
+            line, *_ = ax.errorbar(across, values, error, marker="o", elinewidth=0.8, **style)
         return line
-    places, values = on_common_axis([curve for _, curve in found])
-    (line,) = ax.plot(places, np.nanmean(values, axis=0), marker="o" if len(places) <= 50 else None, **style)
-    low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-    if len(found) == 1 and (error := errors(found[0][0], tag)) is not None and len(error) == len(places):
-        low, high = values[0] - error, values[0] + error
-    if len(found) > 1 or (high > low).any():
+    places, mean, low, high = mean_and_band(found)
+    (line,) = ax.plot(places, mean, marker="o" if len(places) <= 50 else None, **style)
+    if (high > low).any():
         ax.fill_between(places, low, high, color=color, alpha=0.18, lw=0)
     return line
 

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_flatness import FlatnessMonitor, compare_runs
 from lightning_flatness.__main__ import main
 from lightning_flatness.compare import NothingToCompareError
-from lightning_flatness.compare.axis import errors, points
+from lightning_flatness.compare.axis import points
 
 LAMBDA = "flatness/lambda_max"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -73,10 +73,13 @@ def test_a_csv_of_something_else_is_a_problem(tmp_path, logs):
 def test_against_training_loss_and_gradients(logs, tmp_path):
     comparison = compare_runs([logs])
     sam, sgd = (setting.runs[0] for setting in comparison.settings)
-    across, up = points(comparison, sgd, LAMBDA, "train_loss")
+    across, up, error = points(comparison, sgd, LAMBDA, "train_loss")
     # Between the points at 9 and 19 in the logarithm; the last one holds for step 20; before training there is none.
     np.testing.assert_allclose(across, [np.exp(0.1 * np.log(0.25)), 0.25])
     assert up.tolist() == [16.0, 8.0]
+    assert error.tolist() == [2.0, 1.0]
+    (bars, *_) = comparison.figure("train_loss").axes[0].collections
+    assert [np.ptp(bar.vertices[:, 1]) for bar in bars.get_paths()] == [4.0, 2.0]
     assert points(comparison, sgd, LAMBDA, "gradients")[0].tolist() == [0.0, 10.0, 20.0]
     assert points(comparison, sam, LAMBDA, "gradients")[0].tolist() == [0.0, 20.0, 40.0]
     for x in ("step", "gradients", "train_loss", LAMBDA):
@@ -90,13 +93,19 @@ def test_against_training_loss_and_gradients(logs, tmp_path):
     assert main(["compare", str(logs), "--x", "nonsense"]) == 2
 
 
-def test_a_single_run_has_a_band_of_its_standard_error(logs):
-    comparison = compare_runs([logs])
-    assert errors(comparison.settings[1].runs[0], LAMBDA).tolist() == [0.25, 2.0, 1.0]
-    bands = comparison.figure().axes[0].collections
-    heights = [np.ptp(band.get_paths()[0].vertices[:, 1]) for band in bands]
-    assert heights == [10.0 - 0.75, 18.0 - 0.75]
-    assert main(["compare", str(logs), "--metric", "lamda_max"]) == 2
+def heights_of_bands(comparison):
+    return [np.ptp(band.get_paths()[0].vertices[:, 1]) for band in comparison.figure().axes[0].collections]
+
+
+def test_bands_hold_the_standard_errors(logs):
+    assert heights_of_bands(compare_runs([logs])) == [10.0 - 0.75, 18.0 - 0.75]
+    for name, value in [("seed0", 4.0), ("seed1", 1.0)]:
+        errors = {} if name == "seed1" else {"flatness_errors/lambda_max_standard_error": {0: 1.0}}
+        write(logs.parent / "seeds" / "sgd" / name, {LAMBDA: {0: value, 5: value}} | errors)
+    assert heights_of_bands(compare_runs([logs.parent / "seeds"])) == [5.0 - 1.0]  # the upper end has an error
+    no_errors = {LAMBDA: {0: 1.0, 5: 2.0}}
+    write(logs.parent / "plain" / "sgd", no_errors)
+    assert heights_of_bands(compare_runs([logs.parent / "plain"])) == []
 
 
 def test_did_you_mean(logs, capsys):

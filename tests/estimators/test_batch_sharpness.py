@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.modules import Classifier, loader, loaders
 from helpers.training import fit
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -93,6 +94,37 @@ def test_batches_that_cannot_be_made(batch_size, message):
 def test_sizes_that_are_none():
     with pytest.raises(ValueError, match="Expected `batch_size` to be an integer >= 1, got 0"):
         BatchSharpness(0)
+
+
+def test_in_training_with_small_batches_it_hovers_at_the_edge_while_lambda_max_stays_below():
+    torch.manual_seed(0)
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images[:200], dtype=torch.float32) / 16
+    x, y = (x - x.mean(dim=0)) / (x.std(dim=0) + 0.1), F.one_hot(torch.tensor(labels[:200]), 10).float()
+    layers = [nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 10)]
+    module, eta, batch_size = nn.Sequential(*layers), 0.6, 4
+
+    def loss_fn(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return 0.5 * (module(batch[0]) - batch[1]).square().sum(dim=1).mean()
+
+    optimizer, ratios, losses = torch.optim.SGD(module.parameters(), lr=eta), [], []
+    metrics = BatchSharpness(batch_size), TopEigenvalues()
+    for step in range(1, 3001):
+        chosen = torch.randint(len(x), (batch_size,))
+        optimizer.zero_grad()
+        loss_fn(module, (x[chosen], y[chosen])).backward()
+        optimizer.step()
+        if step % 300 == 0:
+            landscape = LossLandscape(module, [(x, y)], loss_fn)
+            for metric in metrics:
+                metric.update(landscape)
+            ratios.append([eta / 2 * float(metric.compute()) for metric in metrics])
+            losses.append(float(landscape.loss()))
+    batch, largest = map(list, zip(*ratios, strict=True))
+    assert losses[-1] < losses[0] / 4
+    assert statistics.mean(batch[:2]) < statistics.mean(batch[-5:])  # it has risen
+    assert all(0.75 < value < 1.15 for value in batch[-5:]), batch
+    assert all(value < 0.65 for value in largest), largest
 
 
 class Momentum(Classifier):
