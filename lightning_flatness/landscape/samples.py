@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_flatness.landscape.ranks import rank_and_world_size, total_count
-from lightning_flatness.module.batches import copy_batch, infer_batch_size, prepare_batch, slice_samples
+from lightning_flatness.module.batches import (
+    copy_batch,
+    infer_batch_size,
+    join_samples,
+    prepare_batch,
+    slice_samples,
+)
 from lightning_flatness.module.rng import preserved_rng
 
 
@@ -69,7 +76,8 @@ class Samples:
         """Return disjoint parts of ``num_samples`` over all ranks, which call this together; the last may be smaller.
 
         Sample ``i`` of rank ``r`` counts as sample ``i · world_size + r``, as the probe and a ``DistributedSampler``
-        deal them out: the parts are the same for any number of ranks.
+        deal them out: the parts are the same for any number of ranks. A part is one batch where the
+        largest one is as large, and several of about that size otherwise: a loss may depend on what is in a batch.
 
         Raises:
             ValueError: If a batch cannot be split.
@@ -87,6 +95,12 @@ class Samples:
                 batches.append(slice_samples(batch, size, low, high))
                 sizes.append(high - low)
             first += size
+        if len(batches) > 1 and (joined := join_samples(batches, sizes)) is not None:
+            total = sum(sizes)
+            pieces = max(1, round(total / max(self.sizes)))
+            ends = [i * total // pieces for i in range(pieces + 1)]
+            batches = [slice_samples(joined, total, a, b) for a, b in pairwise(ends)]
+            sizes = [b - a for a, b in pairwise(ends)]
         return Samples(batches, sizes, total_count(sum(sizes), device))
 
 

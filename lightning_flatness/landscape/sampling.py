@@ -40,21 +40,24 @@ class SampleLosses:
         typical: Root mean square of the losses at the weights.
         at_weights: Losses at the weights themselves, shape (groups of this rank,), in float64 on the CPU.
         sizes: Samples in each group.
-        num_groups: Groups on all ranks.
     """
 
     def __init__(self, landscape: LossLandscape) -> None:
         self._landscape = landscape
         loss = landscape.batched_loss
         self._pieces: list[tuple[int, Any]] | None = None
+        self._is_checked = False
         self.at_weights = self._by_sample()
         self.sizes = torch.ones(sum(loss.samples.sizes), dtype=torch.float64, device="cpu")
         self.value = float(landscape.loss())
         if not abs(self._mean(self.at_weights) - self.value) <= _SAME_LOSS * abs(self.value):
-            self._pieces, self.sizes = _groups(loss, max(2, landscape.num_samples // NUM_GROUPS))
-            self.at_weights = self._by_group()
+            self._divide()
         self.typical = math.sqrt(self._mean(self.at_weights.square()))
-        self.num_groups = int(_sums(landscape, torch.tensor(float(len(self.sizes)), device="cpu"))[0])
+
+    @property
+    def num_groups(self) -> int:
+        """Groups on all ranks."""
+        return int(_sums(self._landscape, torch.tensor(float(len(self.sizes)), device="cpu"))[0])
 
     def at(self, displacement: Tensor) -> Tensor:
         """Return the losses at displaced weights, shape (groups of this rank,), for one forward pass."""
@@ -65,6 +68,8 @@ class SampleLosses:
         """Return the second derivatives of the losses of samples or groups along a curve through the weights.
 
         Costs four thirds of a gradient by forward mode for samples, three gradients by two backward passes for groups.
+        The first call checks forward mode by a product, at two gradients: torch has no nested one for some operators
+        (squared error, SiLU), and a wrong one for others (LayerNorm). Groups take the place of samples then.
 
         Args:
             velocity: First derivative of the curve, shape (num_parameters,).
@@ -78,10 +83,28 @@ class SampleLosses:
         if self._pieces is None:
             self._landscape.cost.gradient_evaluations += 1  # and a third, counted below
             found = self._joined(_second_by_vmap(loss, index, *along) for index in loss.indices)
-        else:
-            self._landscape.cost.gradient_evaluations += 3 - 1 / 3
-            found = self._joined(_second_of_group(loss, index, piece, *along) for index, piece in self._pieces)
+            if self._is_checked or self._is_right(found, velocity, acceleration):
+                self._is_checked = True
+                return found
+            self._divide()
+        self._landscape.cost.gradient_evaluations += 3 - 1 / 3
+        found = self._joined(_second_of_group(loss, index, piece, *along) for index, piece in self._pieces or [])
         return found if _sums(self._landscape, found.isnan().sum().double())[0] == 0 else None
+
+    def _is_right(self, found: Tensor, velocity: Tensor, acceleration: Tensor) -> bool:
+        """Return whether the mean of second derivatives is that of the loss of all samples."""
+        mean, size = self._mean(found), math.sqrt(self._mean(found.square()))
+        if math.isnan(mean):
+            return False
+        landscape = self._landscape
+        expected = torch.dot(velocity, landscape.hvp(velocity)) + torch.dot(landscape.gradient(), acceleration)
+        return abs(mean - float(expected)) <= math.sqrt(torch.finfo(landscape.dtype).eps) * size
+
+    def _divide(self) -> None:
+        """Take groups in the place of samples from now on."""
+        loss = self._landscape.batched_loss
+        self._pieces, self.sizes = _groups(loss, max(2, self._landscape.num_samples // NUM_GROUPS))
+        self.at_weights = self._by_group()
 
     def standard_error(self, values: Tensor) -> float:
         """Return the standard error of the mean of some values of all groups, one of several estimates of each.
@@ -93,7 +116,8 @@ class SampleLosses:
         Returns:
             The error for the whole set that the samples were drawn from; not a number for fewer than 8 groups.
         """
-        if self.num_groups < LEAST_GROUPS:
+        num_groups = self.num_groups
+        if num_groups < LEAST_GROUPS:
             return math.nan
         shares = self.sizes / self._landscape.num_samples
         common = _sums(self._landscape, (shares * values).sum(dim=1))
@@ -101,7 +125,7 @@ class SampleLosses:
         within = values.var(dim=0) / len(values) if len(values) > 1 else torch.zeros_like(shares)
         squares = shares.square() * torch.stack([values.mean(dim=0).square(), within])
         total, inner = _sums(self._landscape, squares.sum(dim=1))
-        variance = max(total - inner, total / 2) * self.num_groups / (self.num_groups - 1)
+        variance = max(total - inner, total / 2) * num_groups / (num_groups - 1)
         return math.sqrt(variance * self._landscape.samples.unseen_share)
 
     def _mean(self, values: Tensor) -> float:

@@ -29,7 +29,7 @@ class SpectralDensity(FlatnessMetric):
     ``compute()`` returns the density over :attr:`grid`. Beside it there are the moments ``tr(H^p)/n`` and the share of
     negative eigenvalues; in the ``FlatnessMonitor`` those are the curves, and the density is an image.
 
-    A measurement costs one gradient and two per product, 601 by default; ``gradient_evaluations`` says how many it was.
+    A measurement costs one gradient and two per product, 652 by default; ``gradient_evaluations`` says how many it was.
     Memory: ``num_steps`` vectors of the size of the weights. If there are no more coordinates than
     ``num_runs · num_steps``, the spectrum is exact and ``num_runs`` is reported as 0.
 

@@ -85,7 +85,7 @@ class NoiseCurvatureRatio(FlatnessMetric):
     ``C`` is the covariance of the gradients of single samples and ``H`` the Hessian of the loss. Near a minimum of a
     well-specified model under the negative log-likelihood the two agree and the ratio is one. Units: those of the loss.
 
-    Costs what :class:`GradientNoise` and :class:`HessianTrace` cost together, 105 gradients by default. The
+    Costs what :class:`GradientNoise` and :class:`HessianTrace` cost together, 112 gradients by default. The
     numerical ``error`` is about the ratio of these samples: that of the random probes of the trace. ``standard_error``
     is about the ratio on the whole training set: it combines both standard errors to first order, as if they were
     independent, and is somewhat too large where samples with large gradients curve more, too.

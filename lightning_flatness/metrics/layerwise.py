@@ -14,7 +14,7 @@ class RelativeFlatness(FlatnessMetric):
     over pairs of rows ``w_s`` of the weight matrix ``W``, with the blocks ``H_ss'`` of the Hessian of the loss that
     belong to them. Scaling the layer by c > 0 and the next one by 1/c does not change it. Units: those of the loss.
     With ``W = U D Vᵀ`` it is the trace of the Hessian in the coordinates Y of ``W + U D Y``, and is measured like
-    :class:`HessianTrace`, at the same cost: one gradient and two per product, 97 by default.
+    :class:`HessianTrace`, at the same cost: one gradient and two per product, 110 by default.
 
     Args:
         layer: Name of an ``nn.Linear`` as in ``module.named_modules()``, e.g. ``"net.4"``. Default: the last one.
@@ -67,7 +67,7 @@ class MinimumSharpness(FlatnessMetric):
     positively homogeneous activations (ReLU, pooling, …); whether the module is one is checked by rescaling it.
     Invariant under rescaling layers. Units: loss per weight squared, at the scales that make it smallest.
 
-    A measurement costs one gradient and two per product, 193 by default, and three losses. Memory: four vectors of the
+    A measurement costs one gradient and two per product, 207 by default. Memory: four vectors of the
     size of the weights. A layer whose trace is negative (under a loss that is not convex in the outputs) leaves no
     minimum: the value is minus infinity, not converged; with ``operator="ggn"`` and the usual losses there is one.
 

@@ -18,20 +18,20 @@ from lightning_flatness.metrics.trace import HessianTrace
 Preset = Literal["default", "all"]
 
 TYPICAL_COSTS: dict[str, tuple[int, int, int]] = {
-    "lambda_max": (15, 13, 7),
-    "invariant_sharpness": (13, 11, 7),
-    "lambda_min": (33, 27, 43),
-    "hessian_trace": (97, 97, 97),
-    "spectral_density": (601, 601, 601),
-    "worst_case_sharpness": (62, 40, 36),
-    "adaptive_sharpness": (45, 35, 28),
-    "average_case_sharpness": (34, 34, 34),
-    "relative_flatness": (97, 97, 97),
-    "minimum_sharpness": (194, 194, 194),
-    "psi_sharpness": (15, 13, 7),
+    "lambda_max": (22, 16, 10),
+    "invariant_sharpness": (22, 14, 10),
+    "lambda_min": (42, 34, 46),
+    "hessian_trace": (110, 110, 110),
+    "spectral_density": (652, 652, 652),
+    "worst_case_sharpness": (117, 77, 82),
+    "adaptive_sharpness": (98, 76, 68),
+    "average_case_sharpness": (40, 40, 40),
+    "relative_flatness": (110, 110, 110),
+    "minimum_sharpness": (207, 207, 207),
+    "psi_sharpness": (28, 14, 10),
     "gradient_noise": (2, 2, 2),
     "fisher_trace": (2, 2, 2),
-    "noise_curvature_ratio": (99, 99, 99),
+    "noise_curvature_ratio": (112, 112, 112),
     "batch_sharpness": (4, 4, 4),
 }
 """Gradients of the loss per measurement, before training, after one epoch and after five.
@@ -52,24 +52,24 @@ def preset_metrics(
     ============================ =========== =====================================================
     name                         gradients   metric
     ============================ =========== =====================================================
-    lambda_max                   15, 13, 7   ``TopEigenvalues(k=top_k)``
-    invariant_sharpness          13, 11, 7   ``InvariantSharpness()``
-    lambda_min                   33, 27, 43  ``TopEigenvalues(which="SA")``
-    hessian_trace                97          ``HessianTrace()``
-    spectral_density             601         ``SpectralDensity()``
-    worst_case_sharpness         62, 40, 36  ``WorstCaseSharpness(rho=0.05)``
-    adaptive_sharpness           45, 35, 28  ``WorstCaseSharpness(rho=0.5, geometry="element")``
-    average_case_sharpness       34          ``AverageCaseSharpness(rho=0.05)``
-    relative_flatness            97          ``RelativeFlatness()``, of the last linear layer
-    minimum_sharpness            194         ``MinimumSharpness()``
-    psi_sharpness                15, 13, 7   ``PSISharpness()``
+    lambda_max                   22, 16, 10  ``TopEigenvalues(k=top_k)``
+    invariant_sharpness          22, 14, 10  ``InvariantSharpness()``
+    lambda_min                   42, 34, 46  ``TopEigenvalues(which="SA")``
+    hessian_trace                110         ``HessianTrace()``
+    spectral_density             652         ``SpectralDensity()``
+    worst_case_sharpness         117, 77, 82 ``WorstCaseSharpness(rho=0.05)``
+    adaptive_sharpness           98, 76, 68  ``WorstCaseSharpness(rho=0.5, geometry="element")``
+    average_case_sharpness       40          ``AverageCaseSharpness(rho=0.05)``
+    relative_flatness            110         ``RelativeFlatness()``, of the last linear layer
+    minimum_sharpness            207         ``MinimumSharpness()``
+    psi_sharpness                28, 14, 10  ``PSISharpness()``
     gradient_noise               2           ``GradientNoise()``
     fisher_trace                 2           ``FisherTrace()``
-    noise_curvature_ratio        99          ``NoiseCurvatureRatio()``
+    noise_curvature_ratio        112         ``NoiseCurvatureRatio()``
     batch_sharpness              4           ``BatchSharpness()``
     ============================ =========== =====================================================
 
-    ``"default"`` has the first two, ``"all"`` all of them, about 1,300 gradients: use that at checkpoints or every n-th
+    ``"default"`` has the first two, ``"all"`` all of them, about 1,600 gradients: use that at checkpoints or every n-th
     epoch. Eigenvalues cost less if an earlier measurement provides the start.
 
     Args:

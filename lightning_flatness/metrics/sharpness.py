@@ -87,7 +87,7 @@ class AverageCaseSharpness(FlatnessMetric):
     2302.07011 has the same measure without the division by n: its radius is ``rho / sqrt(n)``.)
 
     Draws come in pairs ``z``, ``-z``, which cancels the slope. A measurement costs two thirds of a gradient per pair,
-    34 by default. Memory: three vectors of the size of the weights.
+    and six for the standard error: 40 by default. Memory: three vectors of the size of the weights.
 
     Args:
         rho: Root mean square length of the noise in units of ``z``.

@@ -15,9 +15,9 @@ class HessianTrace(FlatnessMetric):
     the trace was taken exactly (Hutch++). In the Euclidean geometry the units are loss per weight squared; in the
     others loss per relative change squared, and the value has the invariances of the geometry.
 
-    A measurement costs one gradient and two per product, 97 by default. Memory: a quarter of ``num_products`` vectors
-    of the size of the weights for Hutch++, two for Hutchinson. If there are no more coordinates than products, the
-    trace is exact.
+    A measurement costs one gradient and two per product, and 13 for the standard error, mostly: 110 by default. Memory:
+    a quarter of ``num_products`` vectors of the size of the weights for Hutch++, two for Hutchinson. If there are no
+    more coordinates than products, the trace is exact.
 
     Args:
         geometry: ``"euclidean"``, ``"layer"``, ``"filter"``, ``"element"``, … or a ``Geometry``.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -81,6 +82,26 @@ def slice_samples(batch: Any, size: int, start: int, stop: int) -> Any:
             "first axis counts them. Pass batches of the size that the measure needs."
         )
     return map_tensors(lambda t: t[start:stop] if t.dim() > 0 and t.shape[0] == size else t, batch)
+
+
+def join_samples(batches: Sequence[Any], sizes: Sequence[int]) -> Any | None:
+    """Return the samples of several batches in one; what has not one entry per sample is that of the first.
+
+    Args:
+        batches: Of one kind.
+        sizes: Number of samples of each.
+
+    Returns:
+        A batch; None if their tensors do not fit together.
+    """
+    joined = []
+    for leaves in zip_longest(*map(tensors_in, batches)):
+        if len({None if leaf is None else (leaf.dtype, leaf.shape[1:]) for leaf in leaves}) > 1:
+            return None
+        has_entries = all(leaf.dim() > 0 and leaf.shape[0] == size for leaf, size in zip(leaves, sizes, strict=True))
+        joined.append(torch.cat(leaves) if has_entries else leaves[0])
+    pieces = iter(joined)
+    return map_tensors(lambda _: next(pieces), batches[0])
 
 
 def copy_batch(batch: Any) -> Any:

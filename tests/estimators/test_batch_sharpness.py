@@ -25,17 +25,19 @@ def network() -> tuple[nn.Module, Tensor, Tensor]:
     return module, torch.randn(21, 3, generator=generator).double(), torch.randint(2, (21,), generator=generator)
 
 
-def dense_quotient(module: nn.Module, x: Tensor, y: Tensor) -> float:
+def dense_quotient(module: nn.Module, x: Tensor, y: Tensor, weight: Tensor | None = None) -> float:
     names = [name for name, _ in module.named_parameters()]
     shapes = [p.shape for p in module.parameters()]
 
     def loss(flat: Tensor) -> Tensor:
         pieces = flat.split([s.numel() for s in shapes])
         weights = {n: piece.view(s) for n, piece, s in zip(names, pieces, shapes, strict=True)}
-        return F.cross_entropy(torch.func.functional_call(module, weights, (x,)), y)
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        return F.cross_entropy(torch.func.functional_call(module, weights | buffers, (x,)), y, weight)
 
     here = torch.cat([p.detach().flatten() for p in module.parameters()])
-    gradient, hessian = torch.func.grad(loss)(here), torch.func.hessian(loss)(here)
+    gradient = torch.func.grad(loss)(here)
+    hessian = torch.autograd.functional.hessian(loss, here)  # that of torch.func is wrong for BatchNorm
     return float(gradient @ hessian @ gradient / gradient.square().sum())
 
 
@@ -52,6 +54,23 @@ def test_value_and_error_are_those_of_dense_hessians(batch_size, chunk):
     assert float(metric.compute()) == pytest.approx(statistics.mean(dense), rel=1e-9)
     assert float(metric.error) == pytest.approx(statistics.stdev(dense) / math.sqrt(len(dense)), rel=1e-9)
     assert 3 <= float(metric.gradient_evaluations) <= 4.5
+
+
+@pytest.mark.parametrize("chunk", [21, 8, 2])  # of 2: a step takes several passes, each about as large
+@pytest.mark.parametrize("kind", ["batchnorm", "weights of classes"])
+def test_of_losses_that_are_no_means_over_samples(kind, chunk):
+    """A batch of the run is evaluated as one, wherever the batches of the landscape end."""
+    module, x, y = network()
+    if kind == "batchnorm":
+        module = nn.Sequential(module[0], nn.BatchNorm1d(4, momentum=None, dtype=torch.float64), *module[1:])
+    weight = torch.tensor([0.2, 5.0]).double() if kind == "weights of classes" else None
+    metric = BatchSharpness(5)
+    batches = list(zip(x[:20].split(chunk), y[:20].split(chunk), strict=True))
+    metric.update(LossLandscape(module, batches, lambda m, b: F.cross_entropy(m(b[0]), b[1], weight)))
+    if chunk > 5:
+        dense = [dense_quotient(module, x[i : i + 5], y[i : i + 5], weight) for i in range(0, 20, 5)]
+        assert float(metric.compute()) == pytest.approx(statistics.mean(dense), rel=1e-9)
+    assert math.isfinite(metric.compute())
 
 
 def test_of_all_samples_it_is_the_curvature_along_the_gradient_without_sampling_error():

@@ -25,6 +25,7 @@ from lightning_flatness import (
     draw_probe,
 )
 from lightning_flatness.estimators import top_eigenvalues
+from lightning_flatness.landscape.sampling import SampleLosses
 from lightning_flatness.metrics import FlatnessMetric
 
 
@@ -205,6 +206,46 @@ def test_kinks_of_relu_units_do_not_disturb_the_error_of_a_trace_with_batch_norm
         errors.append(float(metric.standard_error))
     scatter = float(torch.tensor(values).std())
     assert all(scatter / 2 < error < 4 * scatter for error in errors), (scatter, errors)
+
+
+LAYERS = {
+    "layer norm": lambda: nn.LayerNorm([4, 3]),
+    "group norm": lambda: nn.GroupNorm(2, 4),
+    "instance norm": lambda: nn.InstanceNorm1d(4, affine=True),
+    "frozen batch norm": lambda: nn.BatchNorm1d(4).eval(),
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "max pool": lambda: nn.Sequential(nn.Tanh(), nn.MaxPool1d(2)),
+    "encoder": lambda: nn.TransformerEncoderLayer(3, 1, 5, activation="gelu", batch_first=True),
+}
+LOSSES = {
+    "squared error": lambda out, y: F.mse_loss(out, F.one_hot(y, 3).double()),
+    "label smoothing": lambda out, y: F.cross_entropy(out, y, label_smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *LOSSES])
+def test_second_derivatives_of_samples_add_up_to_that_of_the_loss(name):
+    """Nested forward mode of torch is wrong for LayerNorm and InstanceNorm, and missing for SiLU and squared error."""
+    torch.manual_seed(0)
+    layer = LAYERS.get(name, nn.Tanh)()
+    module = nn.Sequential(nn.Conv1d(2, 4, 2), layer, nn.Flatten(), nn.LazyLinear(3))
+    x, y = torch.randn(24, 2, 4), torch.randint(3, (24,))
+    module(x)
+    module.double()
+    loss_fn: Any = LOSSES.get(name, F.cross_entropy)
+    landscape = LossLandscape(module, [(x.double(), y)], lambda m, b: loss_fn(m(b[0]), b[1]))
+    with landscape.measurement():
+        losses = SampleLosses(landscape)
+        for _ in range(2):
+            velocity = torch.randn(landscape.num_parameters, dtype=torch.float64)
+            acceleration = torch.randn(landscape.num_parameters, dtype=torch.float64)
+            found = losses.second_derivatives(velocity, acceleration)
+            assert found is not None
+            mean = float((losses.sizes * found).sum() / losses.sizes.sum())
+            expected = torch.dot(velocity, landscape.hvp(velocity)) + torch.dot(acceleration, landscape.gradient())
+            assert mean == pytest.approx(float(expected), rel=1e-9)
+            assert len(found) == losses.num_groups >= 8
 
 
 def test_groups_have_two_samples_at_least():
