@@ -116,33 +116,38 @@ def _add_measure(commands: Any) -> None:
         description=_MEASURE_DESCRIPTION,
         epilog=_MEASURE_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # names and defaults are those of `measure_checkpoints`
     )
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="checkpoint, or folder with *.ckpt in or below it")
-    add("--module", metavar="MOD:CLASS", help="class of the module; its hyperparameters are those of the checkpoint")
+    add("--module", metavar="MOD:CLASS", help="class of the module (built from the checkpoint's hyperparameters), or "
+        "a function that returns one")  # fmt: skip
     add("--data", metavar="MOD:CLASS", help="DataModule, or a function that returns one or a DataLoader")
     add("--config", type=Path, metavar="FILE", help="what LightningCLI saved; default: config.yaml in the run's folder")
-    add("--metrics", default="default", metavar="NAMES", help="default, all, or names with commas between them")
-    add("--top-k", type=int, default=1, metavar="K", help="how many eigenvalues; default: 1")
+    add("--metrics", metavar="NAMES", help="default, all, or names with commas between them")
+    add("--loss-fn", metavar="MOD:FUNCTION", help="mean loss of (module, batch); default: the module's training_step")
+    add("--top-k", type=int, metavar="K", help="how many eigenvalues; default: 1")
     add(
         "--geometry", metavar="NAME", help="measure in this geometry (layer, filter, element, …) what is defined in any"
     )
-    add("--probe-size", type=int, default=512, metavar="N", help="samples to measure on; default: 512")
+    add("--probe-size", type=int, metavar="N", help="samples to measure on; default: 512")
     add("--probe-batch-size", type=int, metavar="N", help="samples per forward pass")
-    add("--split", choices=("train", "val"), default="train", help="which samples; default: train")
-    add("--mode", default=None, help="how to run the module; default: as FlatnessMonitor")
+    add("--split", choices=("train", "val"), help="which samples; default: train")
+    add("--mode", help="how to run the module; default: as FlatnessMonitor")
     add("--parameters", metavar="PATTERNS", help="measure these parameters only: 'encoder.*,head.*'")
-    add("--weights", choices=("trained", "averaged", "both"), default="trained", help="of weight averaging: which")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1; default: auto")
-    add("--tol", type=float, default=None, help="tolerance of the default metrics; default: as FlatnessMonitor")
-    add("--seed", type=int, default=0, help="of the choice of samples and of all random numbers; default: 0")
+    add("--weights", choices=("trained", "averaged", "both"), help="of weight averaging: which; default: trained")
+    add("--device", help="auto, cpu, cuda, cuda:1; default: auto")
+    add("--tol", type=float, help="tolerance of the default metrics; default: as FlatnessMonitor")
+    add("--seed", type=int, help="of the choice of samples and of all random numbers; default: 0")
+    add("--log-key-prefix", metavar="PREFIX", help="of the curves' names; default: flatness/")
     add(
         "--no-weights-only",
-        action="store_true",
+        dest="weights_only",
+        action="store_false",
         help="read checkpoints that hold other objects, too, which runs code of theirs: for files that you trust",
     )
-    add("--no-write", action="store_true", help="write nothing into the folders of the runs")
-    add("--out", type=Path, metavar="DIR", help="write flatness.csv and flatness.json there")
+    add("--no-write", dest="writes", action="store_false", help="write nothing into the folders of the runs")
+    add("--out", type=Path, default=None, metavar="DIR", help="write flatness.csv and flatness.json there")
     parser.set_defaults(run=_measure)
 
 

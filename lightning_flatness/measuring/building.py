@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 import os
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_flatness.measuring.loading import CheckpointError, Weights, load_weights
+from lightning_flatness.measuring.recipes import PROGRAM_HINT, Recipe, data_from, imported, module_from, saved_class
 
 _CLI_KEYS = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
 _TRAINER_KEYS = ("precision", "limit_train_batches", "limit_val_batches", "accumulate_grad_batches", "max_epochs")
@@ -34,21 +35,10 @@ _SILENT: dict[str, Any] = {
     "devices": 1,
     "num_nodes": 1,
 }
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Instructions to build the module and the data of a run.
-
-    Args:
-        module: A class of modules, or its name ``package.mod:Class``.
-        data: A DataModule or loader, a class or function that makes one, or its name ``package.mod:Class``.
-        config: What LightningCLI saved.
-    """
-
-    module: Any = None
-    data: Any = None
-    config: Mapping[str, Any] | None = None
+_LINKED_HINT = (
+    "Arguments that a subclass of LightningCLI links or adds are not in it: pass --config with a complete file, or "
+    "--module and --data."
+)
 
 
 @dataclass(frozen=True)
@@ -59,47 +49,16 @@ class Built:
         module: The module, on its device.
         data: A DataModule or loader; None if the module has its own.
         trainer: A Trainer without loggers and callbacks, attached to both.
-        optimizers: The optimizers with their state; empty if they cannot be had.
+        optimizers: The optimizers with their state; empty if they cannot be had, or for averaged weights, which none
+            trains.
+        note: Why they cannot, if the checkpoint has them.
     """
 
     module: LightningModule
     data: Any
     trainer: Trainer
     optimizers: list[Optimizer]
-
-
-def read_config(path: Path) -> Mapping[str, Any] | None:
-    """Return the config that LightningCLI has saved, None if the file is something else.
-
-    Args:
-        path: A YAML file.
-
-    Raises:
-        CheckpointError: If it is no YAML.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise CheckpointError(f"Expected {path} to be YAML that LightningCLI saved ({error}).") from error
-    return content if isinstance(content, dict) and "model" in content and "trainer" in content else None
-
-
-def imported(name: Any) -> Any:
-    """Return what ``package.mod:Name`` or ``package.mod.Name`` names; anything but a string as it is.
-
-    Raises:
-        CheckpointError: If there is nothing of that name.
-    """
-    if not isinstance(name, str):
-        return name
-    place, _, attribute = name.rpartition(":" if ":" in name else ".")
-    try:
-        return getattr(importlib.import_module(place), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            f"Expected {name!r} to name something that can be imported, as package.mod:Class ({error}). The folder in "
-            "which you call the command is on the path."
-        ) from error
+    note: str | None
 
 
 def build(recipe: Recipe, checkpoint: dict[str, Any], weights: Weights, device: torch.device) -> Built:
@@ -108,26 +67,24 @@ def build(recipe: Recipe, checkpoint: dict[str, Any], weights: Weights, device: 
     Raises:
         CheckpointError: If something is missing or does not fit.
     """
-    hyperparameters = dict(checkpoint.get("hyper_parameters", {}))
-    module_class = imported(recipe.module or hyperparameters.get("_class_path"))
-    data = imported(recipe.data or dict(checkpoint.get("datamodule_hyper_parameters", {})).get("_class_path"))
-    settings = dict((recipe.config or {}).get("trainer") or {})
+    config, checkpoint = recipe.completed(checkpoint)
+    module_class = imported(recipe.module or saved_class(checkpoint, LightningModule))
+    data = imported(recipe.data) or _datamodule(saved_class(checkpoint, LightningDataModule))
+    settings = dict((config or {}).get("trainer") or {})
     settings = {key: settings[key] for key in _TRAINER_KEYS if settings.get(key) is not None}
     settings.setdefault("precision", _precision(checkpoint["state_dict"]))
     settings |= _SILENT | {"accelerator": device.type}
     if device.index is not None:
         settings["devices"] = [device.index]
     with _quiet():
-        if recipe.config is not None:
-            module, data, trainer = _from_config(recipe.config, module_class, data, settings)
+        if config is not None and not inspect.isfunction(module_class):
+            module, data, trainer = _from_config(config, module_class, data, settings)
         else:
             trainer = Trainer(**settings)
             with trainer.init_module():
-                module = _from_hyperparameters(module_class, hyperparameters)
-        if inspect.isclass(data) and issubclass(data, LightningDataModule):
-            data = _made(data, dict(checkpoint.get("datamodule_hyper_parameters", {})))
-        elif inspect.isfunction(data):
-            data = data()
+                module = module_from(module_class, checkpoint)
+        data = data_from(data, checkpoint)
+    trainer.loggers = [DummyLogger()]  # the user's code may ask for the logger's experiment
     for owner in (module, data):
         if isinstance(owner, LightningModule | LightningDataModule):
             owner.trainer = trainer
@@ -144,7 +101,16 @@ def build(recipe: Recipe, checkpoint: dict[str, Any], weights: Weights, device: 
     module = trainer.precision_plugin.convert_module(module)  # type: ignore[assignment]
     load_weights(module, checkpoint, weights)
     module.to(device)
-    return Built(module, data, trainer, _optimizers(module, checkpoint.get("optimizer_states", [])))
+    states = checkpoint.get("optimizer_states")
+    optimizers, note = _optimizers(module, states) if states else ([], None)
+    trainer.optimizers = [_without_state(optimizer) for optimizer in optimizers]
+    return Built(module, data, trainer, optimizers if weights == "trained" else [], note)
+
+
+def _datamodule(name: str | None) -> Any:
+    found = imported(name)
+    is_datamodule = inspect.isclass(found) and issubclass(found, LightningDataModule)
+    return found if is_datamodule else None  # a checkpoint names no other code to run
 
 
 def _precision(state: dict[str, Any]) -> str:
@@ -181,54 +147,31 @@ def _from_config(
         )
     except Exception as error:  # of the user's constructors, too
         lines = re.sub(r"\s+", " ", str(error))
+        hint = PROGRAM_HINT if "__main__." in lines else _LINKED_HINT
         raise CheckpointError(
-            f"Expected to build module and data from the config of LightningCLI, got {type(error).__name__}: {lines} "
-            "Arguments that a subclass of LightningCLI links or adds are not in it: pass --config with a complete "
-            "file, or --module and --data."
+            "Expected to build module and data from the config of LightningCLI, got "
+            f"{type(error).__name__}: {lines} {hint}"
         ) from error
     return cli.model, cli.datamodule if data is None or is_datamodule else data, cli.trainer
 
 
-def _from_hyperparameters(module_class: Any, hyperparameters: dict[str, Any]) -> LightningModule:
-    if module_class is None:
-        raise CheckpointError(
-            "Expected to know the class of the module, got neither a config of LightningCLI beside the checkpoint nor "
-            "--module. Pass --module package.mod:Class."
-        )
-    if not (inspect.isclass(module_class) and issubclass(module_class, LightningModule)):
-        raise CheckpointError(f"Expected --module to be a LightningModule, got {module_class!r}.")
-    made: LightningModule = _made(module_class, hyperparameters)
-    return made
-
-
-def _made(kind: Any, hyperparameters: dict[str, Any]) -> Any:
-    """Build an object from the hyperparameters that a checkpoint has, as ``load_from_checkpoint`` does."""
-    instantiator = hyperparameters.pop("_instantiator", None)
-    accepted = inspect.signature(kind).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    kept = {k: v for k, v in hyperparameters.items() if takes_all or k in accepted or k == "_class_path"}
-    try:
-        if instantiator is not None:  # LightningCLI's, for nested classes
-            return imported(instantiator)(kind, kept)
-        kept.pop("_class_path", None)
-        return kind(**kept)
-    except TypeError as error:
-        raise CheckpointError(
-            f"Expected the hyperparameters of {kind.__name__} in the checkpoint, got {sorted(kept) or 'none'} "
-            f"({error}). HINT: save_hyperparameters() in its constructor keeps them; or pass --config with a file of "
-            "LightningCLI, or name a function or subclass that needs no arguments."
-        ) from error
-
-
-def _optimizers(module: LightningModule, states: list[Any]) -> list[Optimizer]:
-    """Return the module's optimizers in the state of the checkpoint; none where that takes more than the module."""
+def _optimizers(module: LightningModule, states: list[Any]) -> tuple[list[Optimizer], str | None]:
+    """Return the module's optimizers in the state of the checkpoint; none and why where that takes more than these."""
     try:
         found = list(_optimizers_in(module.configure_optimizers()))
         for optimizer, state in zip(found, states, strict=True):
             optimizer.load_state_dict(state)
-    except Exception:  # the user's code may ask the Trainer for what only a run has; then there is no edge to show
-        return []
-    return found
+    except Exception as error:  # the user's code may ask the Trainer for what only a run has
+        reason = str(error).splitlines()[0] if str(error) else ""
+        return [], f"no edge of stability: `configure_optimizers` failed ({type(error).__name__}: {reason})"
+    return found, None
+
+
+def _without_state(optimizer: Optimizer) -> Optimizer:
+    """Return an optimizer for the user's code to read the learning rate; a state would be copied with the Trainer."""
+    copied = copy(optimizer)
+    copied.state = defaultdict(dict)
+    return copied
 
 
 def _optimizers_in(configured: Any) -> Iterator[Optimizer]:

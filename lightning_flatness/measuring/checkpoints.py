@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 
 from lightning_flatness.estimators import TOLERANCE
-from lightning_flatness.measuring.building import Recipe, read_config
 from lightning_flatness.measuring.loaders import Split
 from lightning_flatness.measuring.loading import CheckpointError, Weights, read_checkpoint
+from lightning_flatness.measuring.recipes import Recipe, read_config
 from lightning_flatness.measuring.records import find_checkpoints, run_folder
 from lightning_flatness.measuring.results import MeasuredCheckpoint, MeasuredCheckpoints
 from lightning_flatness.measuring.session import Session
@@ -31,7 +31,7 @@ def measure_checkpoints(
     data: Any = None,
     config: str | os.PathLike[str] | None = None,
     metrics: Metrics = "default",
-    loss_fn: LossFunction | None = None,
+    loss_fn: LossFunction | str | None = None,
     top_k: int = 1,
     geometry: str | None = None,
     probe_size: int = 512,
@@ -57,12 +57,12 @@ def measure_checkpoints(
     Args:
         paths: Checkpoints, and folders with ``*.ckpt`` in or below them.
         module: The class of the module, or its name ``package.mod:Class``; hyperparameters are those of the checkpoint.
-            Default: what the config says.
+            Or a function that makes the module, or its name. Default: what the config says.
         data: A DataModule or DataLoader, or a class or function that makes one, or its name. Default: what the config
             says, or the loaders of the module.
         config: What LightningCLI saved. Default: ``config.yaml`` in the folder of the run.
         metrics: ``"default"``, ``"all"``, names, or metrics by name.
-        loss_fn: ``loss_fn(module, batch)``; default: the module's ``training_step``.
+        loss_fn: ``loss_fn(module, batch)``, or its name; default: the module's ``training_step``.
         top_k: How many eigenvalues.
         geometry: Measure in this geometry what is defined in any.
         probe_size: Number of samples to measure on.
@@ -104,7 +104,6 @@ def measure_checkpoints(
     files, problems = find_checkpoints(paths)
     queue, unreadable = _in_order(files, weights_only)
     found: list[MeasuredCheckpoint] = []
-    notes: dict[str, None] = {}
     problems += unreadable
     jobs = [(path, kind) for path in queue for kind in kinds]
     try:
@@ -112,7 +111,7 @@ def measure_checkpoints(
             report = None if on_progress is None else _Reporter(on_progress, number + 1, len(jobs), path)
             prefix = log_key_prefix if kind == "trained" or weights == "averaged" else _averaged(log_key_prefix)
             try:
-                found.append(session.measured(path, kind, report, prefix if writes else None, notes))
+                found.append(session.measured(path, kind, report, prefix if writes else None))
             except CheckpointError as error:
                 problems.append(f"{path}: {error}")
             except Exception as error:  # of the user's module or data: the others are still measured
@@ -121,7 +120,7 @@ def measure_checkpoints(
                 report.end()
     except KeyboardInterrupt:
         problems.append(f"interrupted after {len(found)} of {len(jobs)}; the same command goes on from there.")
-    return MeasuredCheckpoints(tuple(found), tuple(problems), tuple(notes))
+    return MeasuredCheckpoints(tuple(found), tuple(problems), tuple(session.notes))
 
 
 def _averaged(prefix: str) -> str:

@@ -22,35 +22,16 @@ def measure(args: argparse.Namespace) -> int:
     """Measure checkpoints, given the arguments of the command.
 
     Args:
-        args: Its options, by their names.
+        args: ``out``, and arguments of :func:`measure_checkpoints` by their names, where given.
 
     Returns:
         The exit code: 2 if a checkpoint could not be measured.
     """
     sys.path.insert(0, os.getcwd())  # where the user's code is, as for python -m
-    given = {"mode": args.mode, "tol": args.tol}
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
     progress = _Progress()
     try:
-        measured = measure_checkpoints(
-            args.paths,
-            module=args.module,
-            data=args.data,
-            config=args.config,
-            metrics=args.metrics,
-            top_k=args.top_k,
-            geometry=args.geometry,
-            probe_size=args.probe_size,
-            probe_batch_size=args.probe_batch_size,
-            split=args.split,
-            parameters=args.parameters,
-            weights=args.weights,
-            device=args.device,
-            seed=args.seed,
-            weights_only=not args.no_weights_only,
-            writes=not args.no_write,
-            on_progress=progress,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        measured = measure_checkpoints(on_progress=progress, **options)
     except (ValueError, RuntimeError) as error:  # of arguments; torch's for an unknown device
         _say(str(error))
         return _FAILURE

@@ -1,4 +1,4 @@
-"""Measurements of a run's checkpoints, kept in the run's folder: lines of JSON, and points for TensorBoard."""
+"""Measurements of a run's checkpoints, kept in the run's folder as lines of JSON; and where that is."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
-
 RECORDS = "flatness.jsonl"
 _MARKS = ("config.yaml", "hparams.yaml", "metrics.csv")
 
 
 def find_checkpoints(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Path], list[str]]:
     """Return all checkpoints (``*.ckpt``) in and below paths, each once, and one sentence for each path without any."""
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     problems = []
     for path in map(Path, paths):
         below = sorted(path.rglob("*.ckpt")) if path.is_dir() and path.suffix != ".ckpt" else [path]
@@ -26,9 +23,9 @@ def find_checkpoints(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Path
         elif not below:
             problems.append(f"{path}: no checkpoints (*.ckpt) in or below it.")
         else:
-            unique = {p.resolve(): p for p in reversed(below)}  # last.ckpt may be a link to another
-            found |= dict.fromkeys(p for p in below if unique[p.resolve()] == p)
-    return list(found), problems
+            for file in below:  # last.ckpt may be a link to another
+                found.setdefault(file.resolve(), file)
+    return list(found.values()), problems
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -69,28 +66,3 @@ def record(folder: Path, key: dict[str, Any], found: dict[str, Any]) -> None:
     """Keep plain values that were found in a run's folder, for a later call with the same key; see :func:`recorded`."""
     with (folder / RECORDS).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"key": key, **found}) + "\n")
-
-
-def known_points(folder: Path) -> dict[str, set[int]]:
-    """Return the steps of all curves that the event files in a run's folder hold, by tag."""
-    if not any(folder.glob("*tfevents*")):
-        return {}
-    events = EventAccumulator(str(folder), {"scalars": 0, "images": 1, "tensors": 1}, purge_orphaned_data=False)
-    return {tag: {event.step for event in events.Scalars(tag)} for tag in events.Reload().Tags()["scalars"]}
-
-
-def write_points(folder: Path, values: dict[str, float], step: int, known: dict[str, set[int]]) -> int:
-    """Write points of curves at a step to a new event file in a run's folder; add them to those ``known``.
-
-    Points that are known already stay as they are.
-
-    Returns:
-        How many were there already.
-    """
-    missing = {tag: value for tag, value in values.items() if step not in known.get(tag, set())}
-    if missing:
-        with SummaryWriter(str(folder), filename_suffix=".flatness") as writer:
-            for tag, value in missing.items():
-                writer.add_scalar(tag, value, step)
-                known.setdefault(tag, set()).add(step)
-    return len(values) - len(missing)

@@ -15,10 +15,12 @@ import torch
 from lightning_flatness import __version__
 from lightning_flatness.callbacks.probe import draw_probe
 from lightning_flatness.callbacks.transfer import transferred
-from lightning_flatness.measuring.building import Built, Recipe, build, read_config
+from lightning_flatness.measuring.building import Built, build
+from lightning_flatness.measuring.curves import Curves
 from lightning_flatness.measuring.loaders import Split, loader_of
 from lightning_flatness.measuring.loading import CheckpointError, Weights, read_checkpoint
-from lightning_flatness.measuring.records import identity, known_points, record, recorded, run_folder, write_points
+from lightning_flatness.measuring.recipes import Recipe, imported, read_config
+from lightning_flatness.measuring.records import identity, record, recorded, run_folder
 from lightning_flatness.measuring.report import FlatnessReport
 from lightning_flatness.measuring.results import MeasuredCheckpoint
 from lightning_flatness.measuring.tracker import FlatnessTracker
@@ -38,11 +40,10 @@ class Session:
     weights_only: bool
     tracker: dict[str, Any]
     probes: dict[Path, list[Any]] = field(default_factory=dict)
-    points: dict[Path, dict[str, set[int]]] = field(default_factory=dict)
+    curves: dict[Path, Curves] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)
 
-    def measured(
-        self, path: Path, weights: Weights, on_evaluation: Any, prefix: str | None, notes: dict[str, None]
-    ) -> MeasuredCheckpoint:
+    def measured(self, path: Path, weights: Weights, on_evaluation: Any, prefix: str | None) -> MeasuredCheckpoint:
         """Measure a checkpoint, or take what an earlier call has found."""
         folder = run_folder(path)
         content = read_checkpoint(path, weights_only=self.weights_only)
@@ -60,14 +61,21 @@ class Session:
             try:
                 if earlier is None and key is not None:
                     record(folder, key, _to_json(report))
-                if folder not in self.points:
-                    self.points[folder] = known_points(folder)
-                known = 0 if step is None else write_points(folder, report.logged(prefix), step, self.points[folder])
+                if folder not in self.curves:
+                    self.curves[folder] = Curves(folder)
+                known = 0 if step is None else self.curves[folder].add(report.logged(prefix), step)
                 if known and earlier is None:
-                    notes[f"{folder}: {known} points at step {step} were there already and stay as they are."] = None
+                    self._note(
+                        folder,
+                        f"{known} points at step {step} were there already and stay as they are. --log-key-prefix "
+                        "makes curves of their own.",
+                    )
             except OSError as error:
-                notes[f"{folder}: cannot be written to ({error}); the table is all there is."] = None
+                self._note(folder, f"cannot be written to ({error}); the table is all there is.")
         return MeasuredCheckpoint(path, step, epoch, weights, report)
+
+    def _note(self, folder: Path, text: str) -> None:
+        self.notes[f"{folder}: {text}"] = None
 
     def _recipe(self, folder: Path) -> Recipe:
         config = folder / "config.yaml"
@@ -91,12 +99,16 @@ class Session:
     ) -> FlatnessReport:
         with preserved_rng():
             built = build(recipe, content, weights, self.device)
+            content.clear()  # and with it the pages of the file
+            if built.note is not None:
+                self._note(folder, built.note)
             with built.trainer.precision_plugin.train_step_context():
                 if folder not in self.probes:
                     self.probes[folder] = self._probe(built)
                 self._choose_parameters(built)
+                settings = self.tracker | {"loss_fn": imported(self.tracker["loss_fn"])}
                 tracker = FlatnessTracker(
-                    built.module, [], optimizer=built.optimizers, on_evaluation=on_evaluation, **self.tracker
+                    built.module, [], optimizer=built.optimizers, on_evaluation=on_evaluation, **settings
                 )
                 tracker.probe = self.probes[folder]  # drawn once, the same for all checkpoints of a run
                 return tracker.measure(step)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
@@ -27,6 +28,8 @@ from lightning_flatness.module.replay import attached_trainer
 
 Data = Iterable[Any] | Dataset[Any] | LightningDataModule
 Log = Callable[[dict[str, float], int], Any]
+_P = ParamSpec("_P")
+_Measure = Callable[_P, FlatnessReport]
 
 
 class FlatnessTracker:
@@ -133,38 +136,24 @@ class FlatnessTracker:
         return report
 
 
-def measure(
-    module: nn.Module,
-    data: Data,
-    metrics: Metrics = "default",
-    *,
-    loss_fn: LossFunction | None = None,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    top_k: int = 1,
-    geometry: str | None = None,
-    probe_size: int = 512,
-    probe_batch_size: int | None = None,
-    mode: Mode = "batch_statistics",
-    tol: float = TOLERANCE,
-    engine: EngineName = "auto",
-    seed: int = 0,
-) -> FlatnessReport:
+def _as(constructor: Callable[_P, FlatnessTracker]) -> Callable[[Callable[..., FlatnessReport]], _Measure[_P]]:
+    """Give a function the signature of a constructor, at run time, too."""
+
+    def decorate(function: Callable[..., FlatnessReport]) -> Callable[_P, FlatnessReport]:
+        untyped: Any = function
+        untyped.__signature__ = inspect.signature(constructor).replace(return_annotation="FlatnessReport")
+        return function
+
+    return decorate
+
+
+@_as(FlatnessTracker)
+def measure(*args: Any, **settings: Any) -> FlatnessReport:
     """Measure the flatness of one module at its current weights, which stay as they are.
 
     Args:
-        module: See :class:`FlatnessTracker`, as for all arguments.
-        data: A DataLoader, a dataset, a DataModule or batches.
-        metrics: ``"default"``, ``"all"``, names of metrics, or metrics by name.
-        loss_fn: ``loss_fn(module, batch)``; default: the module's ``training_step``.
-        optimizer: What trains the module; for its edge of stability.
-        top_k: How many eigenvalues.
-        geometry: Where to measure what is defined in any geometry.
-        probe_size: Number of samples to measure on.
-        probe_batch_size: Samples per forward pass.
-        mode: How to run the module.
-        tol: Tolerance of the default metrics.
-        engine: How Hessian-vector products are made.
-        seed: Seed of the choice of samples and of all random numbers.
+        *args: Module, data and metrics, as :class:`FlatnessTracker` takes them.
+        **settings: Its other arguments.
 
     Returns:
         Values, errors and cost.
@@ -177,21 +166,7 @@ def measure(
         >>> round(report.values["lambda_max"], 3)
         9.333
     """
-    return FlatnessTracker(
-        module,
-        data,
-        metrics,
-        loss_fn=loss_fn,
-        optimizer=optimizer,
-        top_k=top_k,
-        geometry=geometry,
-        probe_size=probe_size,
-        probe_batch_size=probe_batch_size,
-        mode=mode,
-        tol=tol,
-        engine=engine,
-        seed=seed,
-    ).measure()
+    return FlatnessTracker(*args, **settings).measure()
 
 
 def _probe(module: Any, data: Data, size: int, batch_size: int | None, mode: Mode, seed: int) -> list[Any]:

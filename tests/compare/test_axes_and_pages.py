@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.modules import loaders
-from helpers.screenshots import browse
+from helpers.screenshots import BROWSER, browse, needs_browser
 from helpers.training import fit
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.tensorboard import SummaryWriter
@@ -22,7 +21,6 @@ from lightning_flatness.compare import NothingToCompareError
 from lightning_flatness.compare.axis import points
 
 LAMBDA = "flatness/lambda_max"
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def write(folder: Path, curves: dict[str, dict[int, float]]) -> Path:
@@ -150,7 +148,7 @@ const click = item => ["mousedown", "mouseup", "click"].forEach(
 </script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="there is no chromium on this machine (Debian: apt-get install chromium)")
+@needs_browser
 def test_in_a_browser_curves_are_hovered_settings_switched_off_and_the_table_sorted(logs, tmp_path):
     pytest.importorskip("plotly", reason="`--html` needs plotly")
     page = tmp_path / "page.html"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from helpers.screenshots import browse, screenshot
+from helpers.screenshots import BROWSER, browse, needs_browser, screenshot
 from helpers.tensorboard_server import Server, tensorboard
 from matplotlib import image
 
@@ -142,12 +141,6 @@ def session_groups(server: Server, order: str) -> Any:
     return server.post("data/plugin/hparams/session_groups", experimentName="", **query)["sessionGroups"]
 
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="there is no chromium on this machine (Debian: apt-get install chromium)"
-)
 PAGES = {
     "custom_scalars": [(255, 112, 67), (0, 119, 187)],  # the curves of either run
     "hparams": [(63, 81, 181)],  # check marks at hyperparameters and metrics

@@ -5,10 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
 from pathlib import Path
+
+import pytest
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
+"""Empty where there is none."""
+needs_browser = pytest.mark.skipif(
+    not BROWSER, reason="there is no chromium on this machine (Debian: apt-get install chromium)"
+)
 
 OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),

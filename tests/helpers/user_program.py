@@ -21,7 +21,7 @@ class Net(pl.LightningModule):
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
         self.log("train_loss", loss, on_step=False, on_epoch=True)
         if self.logger is not None:
-            self.logger.log_metrics({"direct": float(loss)}, step=self.global_step)
+            self.logger.log_metrics({"direct": float(loss.detach())}, step=self.global_step)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -40,6 +40,11 @@ class Data(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train, batch_size=self.batch_size, shuffle=True)
+
+
+class DataWithVal(Data):
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(torch.utils.data.Subset(self.train, range(20)), batch_size=self.batch_size)
 
 
 class OtherNet(Net):

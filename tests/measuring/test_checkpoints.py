@@ -6,7 +6,6 @@ import csv
 import hashlib
 import inspect
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,9 +15,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers import user_program
 from helpers.modules import Classifier, loader
+from helpers.processes import run_python
 from helpers.training import fit
-from helpers.user_program import Net
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -28,8 +28,7 @@ from lightning_flatness import FlatnessMonitor, compare_runs, measure, measure_c
 from lightning_flatness.__main__ import main
 from lightning_flatness.measuring import CheckpointError, checkpoints
 
-ROOT = Path(__file__).parents[2]
-PROGRAM = ROOT / "tests" / "helpers" / "user_program.py"
+PROGRAM = Path(user_program.__file__)
 CONFIG = """
 seed_everything: 3
 trainer:
@@ -49,20 +48,13 @@ data: {batch_size: 8}
 """
 
 
-def run(*command: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of LightningCLI, monitored before training and after the last epoch only."""
     folder = tmp_path_factory.mktemp("user")
     shutil.copy(PROGRAM, folder / "main.py")
     (folder / "run.yaml").write_text(CONFIG)
-    done = run("main.py", "fit", "-c", "run.yaml", cwd=folder)
+    done = run_python("main.py", "fit", "-c", "run.yaml", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -77,7 +69,7 @@ def user(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def points(folder: Path, tag: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(folder), {"scalars": 0}, purge_orphaned_data=False).Reload()
+    events = EventAccumulator(str(folder), {"scalars": 0}).Reload()
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
@@ -91,7 +83,7 @@ NAMED = {"module": "main:Net", "data": "main:Data"}
 def test_a_run_of_lightningcli_is_measured_from_another_process(user):
     before, direct = hashes(user), points(user / "run" / "v", "direct")
     command = ("-m", "lightning_flatness", "measure", "run", "--module", "main:Net", "--data", "main:Data")
-    done = run(*command, "--out", "out", cwd=user)
+    done = run_python(*command, "--out", "out", cwd=user)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split()[:4] == ["checkpoint", "step", "epoch", "lambda"]
@@ -105,7 +97,7 @@ def test_a_run_of_lightningcli_is_measured_from_another_process(user):
 
     # One curve in TensorBoard and compare: the monitor's points at 0 and 15, and between them those of checkpoints.
     curve = points(user / "run" / "v", "flatness/lambda_max")
-    assert sorted(step for step, _ in curve) == [0, 5, 10, 15]
+    assert [step for step, _ in curve] == [0, 5, 10, 15]
     (setting,) = compare_runs([user / "run"]).settings
     assert setting.runs[0].curves["flatness/lambda_max"].steps.tolist() == [0, 5, 10, 15]
     assert "5 points at step 15 were there already" not in done.stdout  # as many as the monitor has
@@ -128,8 +120,8 @@ def test_a_second_call_measures_nothing_anew_and_doubles_no_point(user, monkeypa
     monkeypatch.setattr("lightning_flatness.measuring.session.build", None)
     second = measure_checkpoints(["run"], **NAMED)
     assert [c.report.values for c in second] == [c.report.values for c in first]
-    steps = [step for step, _ in points(user / "run" / "v", "flatness/lambda_max")]
-    assert sorted(steps) == sorted(set(steps))
+    assert [step for step, _ in points(user / "run" / "v", "flatness/lambda_max")] == [0, 5, 10, 15]
+    assert len(list((user / "run" / "v").glob("*tfevents*"))) == 2  # the run's, and one of all its checkpoints
     with pytest.raises(AssertionError):  # other settings are measured
         assert measure_checkpoints(["run"], **NAMED, probe_size=8).problems == ()
 
@@ -221,7 +213,7 @@ def test_without_a_config_hyperparameters_come_from_the_checkpoint(user):
     assert measured.problems == ()
     assert measured[0].report.num_samples == 40
     assert "Pass --module" in measure_checkpoints([checkpoint]).problems[0]
-    assert "Pass --data" in measure_checkpoints([checkpoint], module=Net).problems[0]
+    assert "Pass --data" in measure_checkpoints([checkpoint], module=user_program.Net).problems[0]
 
 
 def test_hyperparameters_that_need_code_are_refused_with_a_hint(user):
@@ -313,6 +305,10 @@ def test_double_precision_and_bfloat16(tmp_path):
     batches = [(x.double(), y) for x, y in loader(shuffle=False)]
     expected = measure(module, batches, tol=1e-10).values["lambda_max"]
     assert measured[0].report.values["lambda_max"] == pytest.approx(expected, rel=1e-9)
+    half = checkpoint_of(tmp_path / "half", Classifier(), precision="bf16-true")
+    module = Classifier()
+    module.load_state_dict(torch.load(half, weights_only=True)["state_dict"])
+    assert measured_value(half) == pytest.approx(measure(module, loader(), tol=1e-6).values["lambda_max"], rel=0.02)
 
 
 def test_only_some_parameters(tmp_path):
