@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -20,6 +20,7 @@ from lightning_flatness.metrics.named import Metrics, chosen
 from lightning_flatness.module.loss import LossFunction
 from lightning_flatness.module.modes import Mode
 
+_Kinds = Literal["trained", "averaged", "both"]
 Progress = Callable[[int, int, Path, float | None], None]
 """Called with the number of the checkpoint, how many there are, its path, and the gradients so far; None at its end."""
 
@@ -39,7 +40,7 @@ def measure_checkpoints(
     split: Split = "train",
     mode: Mode = "batch_statistics",
     parameters: str | None = None,
-    weights: Weights | Literal["both"] = "trained",
+    weights: _Kinds = "trained",
     device: str = "auto",
     tol: float = TOLERANCE,
     seed: int = 0,
@@ -84,8 +85,13 @@ def measure_checkpoints(
         What was found, and what went wrong.
 
     Raises:
-        ValueError: If a metric or geometry is not known.
+        ValueError: If an argument is none of those above.
     """
+    for name, value, known in [("split", split, Split), ("weights", weights, _Kinds), ("mode", mode, Mode)]:
+        if value not in get_args(known):
+            raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, get_args(known)))}, got {value!r}.")
+    if probe_size < 1:
+        raise ValueError(f"Expected `probe_size` to be >= 1, got {probe_size}.")
     if isinstance(metrics, list | tuple):
         metrics = ",".join(metrics)
     chosen(metrics, top_k=top_k, tol=tol, seed=seed, geometry=geometry)  # an unknown name is said once
@@ -130,7 +136,11 @@ def _averaged(prefix: str) -> str:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Expected `device` to be one that this machine has, got {name!r} ({reason}).") from error
 
 
 def _needed(path: Path) -> Any:

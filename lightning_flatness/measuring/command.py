@@ -32,7 +32,7 @@ def measure(args: argparse.Namespace) -> int:
     progress = _Progress()
     try:
         measured = measure_checkpoints(on_progress=progress, **options)
-    except (ValueError, RuntimeError) as error:  # of arguments; torch's for an unknown device
+    except ValueError as error:  # of arguments
         _say(str(error))
         return _FAILURE
     progress.end()

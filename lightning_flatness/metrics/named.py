@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 import lightning_flatness.metrics as all_metrics
 from lightning_flatness.estimators import TOLERANCE, stability_edge
-from lightning_flatness.geometry import is_preconditioned
+from lightning_flatness.geometry import Euclidean, is_preconditioned
 from lightning_flatness.metrics.base import FlatnessMetric
 from lightning_flatness.metrics.eigenvalues import TopEigenvalues
 from lightning_flatness.metrics.measurement import check_metrics
@@ -58,11 +58,15 @@ def chosen(
     names = [name.strip() for name in metrics.split(",")] if isinstance(metrics, str) else list(metrics)
     if len(names) == 1 and names[0] in get_args(Preset):
         found = preset_metrics(names[0], top_k=top_k, tol=tol, seed=seed)  # type: ignore[arg-type]
-        found |= preconditioned(optimizers, tol, seed)
+        moved = {name for name in found if isinstance(found[name].settings.get("geometry"), Euclidean)}
+        beside = preconditioned(optimizers, tol, seed)
     else:
         known = preset_metrics("all", top_k=top_k, tol=tol, seed=seed)
         found = {name: known[name] if name in known else _of_class(name, tol, seed) for name in names}
-    return found if geometry is None else dict(_in_geometry(name, found[name], geometry) for name in found)
+        moved, beside = set(found), {}
+    if geometry is not None:  # in a preset, those with a geometry of their own keep it
+        found = dict(_in_geometry(n, metric, geometry) if n in moved else (n, metric) for n, metric in found.items())
+    return found | beside
 
 
 def preconditioned(optimizers: Sequence[Optimizer], tol: float, seed: int) -> dict[str, FlatnessMetric]:

@@ -198,6 +198,9 @@ def test_every_broken_checkpoint_is_named_and_the_others_are_measured(user, caps
         (["--module", "main:Net", "--data", "main:Data", "--weights", "averaged"], "Expected averaged weights"),
         (["--module", "main:Net", "--data", "main:Data", "--split", "val"], "`val_dataloader`"),
         (["--config", "missing.yaml"], "Expected missing.yaml to be YAML"),
+        (["--mode", "evl"], "Expected `mode` to be one of 'batch_statistics', 'eval', 'train', got 'evl'"),
+        (["--probe-size", "0"], "Expected `probe_size` to be >= 1, got 0"),
+        (["--device", "warp:9"], "Expected `device` to be one that this machine has, got 'warp:9'"),
     ],
 )
 def test_what_does_not_fit_is_said_with_exit_code_2(user, capsys, arguments, words):
@@ -282,6 +285,7 @@ def test_weights_of_lightnings_averaging_callbacks(tmp_path):
         path = checkpoint_of(tmp_path / name, Classifier(), averaging)
         both = measure_checkpoints([path], module=Classifier, data=loader, tol=1e-6, weights="both")
         assert both.problems == ()
+        assert ["stability_edge" in c.report.values for c in both] == [True, False]  # nothing trains an average
         values = {c.weights: c.report.values["lambda_max"] for c in both}
         content = torch.load(path, weights_only=True)
         trained = content.get("current_model_state", content["state_dict"])
@@ -340,6 +344,22 @@ def test_a_config_that_is_none_is_an_error(tmp_path):
     (tmp_path / "c.yaml").write_text("lr: 1")
     with pytest.raises(CheckpointError, match="keys `model` and `trainer`"):
         measure_checkpoints([tmp_path], config=tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("name", ["split", "weights"])
+def test_what_python_cannot_know_from_types(tmp_path, name):
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be one of 'tra.*, got 'ema'"):
+        measure_checkpoints([tmp_path], **{name: "ema"})
+
+
+def test_two_checkpoints_of_a_step_are_rows_and_the_first_is_the_point(tmp_path):
+    for name in "ab":
+        torch.save({"state_dict": Classifier().state_dict(), "global_step": 7}, tmp_path / f"{name}.ckpt")
+    measured = measure_checkpoints([tmp_path], module=Classifier, data=loader)
+    first, second = (c.report.values["lambda_max"] for c in measured)
+    assert first != second
+    assert points(tmp_path, "flatness/lambda_max") == [(7, pytest.approx(first))]
+    assert "points at step 7 were there already" in measured.notes[0]
 
 
 def test_help_comes_at_once():

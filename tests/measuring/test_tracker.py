@@ -14,6 +14,7 @@ from lightning.fabric import Fabric
 from torch.nn import functional as F
 
 from lightning_flatness import FlatnessMonitor, FlatnessReport, FlatnessTracker, TopEigenvalues, draw_probe, measure
+from lightning_flatness.metrics.named import chosen
 
 
 def last_point(run) -> dict[str, float]:
@@ -125,6 +126,16 @@ def test_metrics_by_name_and_geometry():
     assert set(values) == {"lambda_max_layer", "top_eigenvalues_layer"}
     with pytest.raises(ValueError, match=r"got 'lamda_max'\. Did you mean 'lambda_max'"):
         measure(module, loader(), "lamda_max")
+
+
+def test_in_a_preset_metrics_with_a_geometry_of_their_own_keep_it():
+    optimizer = torch.optim.Adam([torch.ones(1, requires_grad=True)])
+    assert list(chosen(geometry="layer")) == ["lambda_max_layer", "invariant_sharpness"]
+    names = set(chosen("all", geometry="layer", optimizers=[optimizer]))
+    assert {"hessian_trace_layer", "adaptive_sharpness", "psi_sharpness", "preconditioned_sharpness"} <= names
+    assert list(chosen("adaptive_sharpness,psi_sharpness", geometry="path_norm"))[1] == "psi_sharpness_path_norm"
+    with pytest.raises(ValueError, match="Expected `geometry` to be 'path' or 'path_norm', got"):
+        chosen("psi_sharpness", geometry="layer")
 
 
 def test_a_report_shows_itself(tmp_path):
