@@ -1,8 +1,7 @@
 """Flatness curves of a training run: what to measure, and under which names to log it.
 
-What is measured is left to the metrics, how to leave no trace to the landscape. Values go to the loggers
-themselves, at ``trainer.global_step``, the number of optimizer steps behind the weights that were measured;
-``pl_module.log`` would put the first epoch of a one-step epoch on top of the value before training.
+Values go to the loggers themselves, at ``trainer.global_step``, the number of optimizer steps behind the weights that
+were measured; ``pl_module.log`` would put the first epoch of a one-step epoch on top of the value before training.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_flatness.callbacks.averaged import MeasuredWeights, averaged_module, check_averaging
+from lightning_flatness.callbacks.counted_work import MonitoredRun
+from lightning_flatness.callbacks.epoch_clock import EpochClock
 from lightning_flatness.callbacks.failures import OnError
-from lightning_flatness.callbacks.landscape_monitor import LandscapeMonitor, MonitoredRun
+from lightning_flatness.callbacks.landscape_monitor import LandscapeMonitor
 from lightning_flatness.callbacks.loggers.figures import log_figure
 from lightning_flatness.callbacks.loggers.hyperparameters import batch_size_of_run, callbacks, log_hyperparameters
 from lightning_flatness.callbacks.loggers.tensorboard import custom_scalars_layout, log_layout
@@ -34,20 +35,16 @@ from lightning_flatness.metrics.measurement import (
     measure_metrics,
 )
 from lightning_flatness.metrics.named import chosen, preconditioned
+from lightning_flatness.metrics.presets import typical_gradients
 from lightning_flatness.module.loss import LossFunction
 from lightning_flatness.module.modes import Mode
 
 
 @dataclass
 class _Run(MonitoredRun):
-    metrics: dict[str, FlatnessMetric] = field(default_factory=dict)
-    epoch_start: float | None = None
-    seconds_in_epoch: float = 0.0
-    others_before: float = 0.0
-    others_counted: float = 0.0
+    clock: EpochClock = field(default_factory=EpochClock)
     has_logged_hyperparameters: bool = False
     history: list[tuple[int, Measurement]] = field(default_factory=list)
-    num_samples: int = 0
     learning_rates: dict[Optimizer, Sequence[object]] = field(default_factory=dict)
 
 
@@ -74,8 +71,7 @@ class FlatnessMonitor(LandscapeMonitor):
     - ``flatness_cost/seconds``, ``flatness_cost/gradient_evaluations``: what the measurement cost; the latter in
       gradients of the loss on the whole probe.
     - ``flatness_cost/share_of_epoch_time``: at the end of an epoch, those seconds over the seconds that the epoch took
-      without measurements (its validation included). Raise ``every_n_epochs``, or lower ``probe_size``, if it is more
-      than you want to spend.
+      without measurements (its validation included). ``budget`` bounds what is spent.
 
     Other metrics log values under their names in ``flatness/`` and errors in ``flatness_errors/``. TensorBoard gets a
     picture ``flatness/spectral_density`` of every :class:`SpectralDensity`, whose curves are
@@ -103,7 +99,7 @@ class FlatnessMonitor(LandscapeMonitor):
             loader's (but 1 for a loader of batches of 1, whose samples may not fit together). It matters little:
             between 16 and 512 lambda_max of a BatchNorm CNN moved by 2 %, a quarter of its standard error
             (``examples/benchmarks/probe_batch_size.py``).
-        split: Draw the samples from the ``"train"`` or the ``"val"`` dataloader (the first, of several).
+        split: Draw the samples from the ``"train"`` or the (first) ``"val"`` dataloader.
         loss_fn: ``loss_fn(module, batch)`` returns the mean loss of a batch, a scalar tensor or a dict with
             ``"loss"``. Default: the module's ``training_step``, whose logging is muted.
         mode: ``"batch_statistics"`` measures the loss that training minimises, without its noise: normalisation
@@ -123,6 +119,9 @@ class FlatnessMonitor(LandscapeMonitor):
             on as if there had been no measurement; where the loss is not finite, as in a run that diverges, NaN is
             logged. ``"raise"``: it ends the run.
         seed: Seed of the choice of samples and of all random numbers of a measurement.
+        budget: The largest share of the training's gradients (of samples) to spend over the run so far, 0.05 for 5 %.
+            Before training and after the last epoch it always measures. For a resumed run to measure at the same steps,
+            checkpoints hold a vector of the size of the weights per eigenvalue. See :meth:`plan`. Default: no bound.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -152,6 +151,7 @@ class FlatnessMonitor(LandscapeMonitor):
         engine: EngineName = "auto",
         on_error: OnError = "warn",
         seed: int = 0,
+        budget: float | None = None,
     ) -> None:
         metrics = "default" if metrics is None else metrics
         self.is_preset = metrics in get_args(Preset) if isinstance(metrics, str) else False
@@ -175,6 +175,7 @@ class FlatnessMonitor(LandscapeMonitor):
             engine=engine,
             on_error=on_error,
             seed=seed,
+            budget=budget,
         )
 
     def new_run(self) -> _Run:
@@ -236,9 +237,7 @@ class FlatnessMonitor(LandscapeMonitor):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the clock."""
-        self.run.epoch_start, self.run.seconds_in_epoch = time.perf_counter(), 0.0
-        self.run.others_before = self.seconds_of_others(trainer)
-        self.run.others_counted = self.run.others_counted or self.run.others_before
+        self.run.clock.start_epoch(self.seconds_of_others(trainer))
 
     def measure_and_log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
         """Measure all metrics in one measurement, and log them when all have succeeded."""
@@ -266,18 +265,14 @@ class FlatnessMonitor(LandscapeMonitor):
             self.run.engine = "finite_difference"  # what "auto" came down to, so that it warns once
         seconds = time.perf_counter() - start
         costs = measured.costs | {"seconds": seconds}
-        if self.run.epoch_start is not None and not on_step:
-            others = self.seconds_of_others(trainer)
-            in_epoch = self.run.seconds_in_epoch + others - self.run.others_before
-            spent = seconds + others - self.run.others_counted
-            costs["share_of_epoch_time"] = spent / (start - self.run.epoch_start - in_epoch)
-            self.run.others_counted = others
-        self.run.seconds_in_epoch += seconds
+        others = self.seconds_of_others(trainer)
+        if not on_step and (share := self.run.clock.share_of_epoch(start, seconds, others)) is not None:
+            costs["share_of_epoch_time"] = share
+        self.run.clock.seconds_in_epoch += seconds
         measured = replace(measured, costs=costs)
-        self.run.num_samples = landscape.num_samples
         self.run.history.append((trainer.global_step, replace(measured, figures={})))
         values = logged_names(measured, self.log_key_prefix)
-        for key, value in values.items():
+        for key, value in values.items() if not self.run.has_ended else ():
             # The loggers have it; this is for callback_metrics. Ranks agree: sync_dist keeps Lightning from asking.
             pl_module.log(key, value, logger=False, on_step=on_step, on_epoch=not on_step, sync_dist=True, batch_size=1)
         for logger in trainer.loggers:
@@ -292,7 +287,12 @@ class FlatnessMonitor(LandscapeMonitor):
 
     def summary(self) -> str:
         """Return a short text about the run: first and last values with errors, and what to change, with its number."""
-        return summarize(self.run.history, self.weights, self.run.num_samples, self.mode)
+        run = self.run
+        return summarize(run.history, self.weights, run.num_samples, self.mode, run.work.share, self.budget)
+
+    def expected_gradients(self) -> float:
+        """Return what a measurement typically takes."""
+        return typical_gradients(self.metrics.values())
 
     def _warn_once(self, name: str, message: str) -> None:
         if name not in self.run.warned:

@@ -6,21 +6,22 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
+from lightning_flatness.callbacks.averaged import averaging_callback
+from lightning_flatness.callbacks.budget import check_budget, is_last_epoch
+from lightning_flatness.callbacks.counted_work import CountedWork, MonitoredRun
 from lightning_flatness.callbacks.failures import Attempt, OnError, survived
 from lightning_flatness.callbacks.loggers.hyperparameters import callbacks
 from lightning_flatness.callbacks.probe import SeenBatches, can_index, draw_probe
 from lightning_flatness.callbacks.progress import Progress
-from lightning_flatness.callbacks.strategies import why_unsupported
+from lightning_flatness.callbacks.strategies import check_strategy
 from lightning_flatness.callbacks.transfer import overrides, transferred
 from lightning_flatness.landscape import LossLandscape
 from lightning_flatness.landscape.options import EngineName, check_options
@@ -28,28 +29,7 @@ from lightning_flatness.module.loss import LossFunction
 from lightning_flatness.module.modes import Mode, uses_batch_statistics
 
 
-@dataclass
-class MonitoredRun:
-    """The state of the present run. ``setup`` makes a new one, so that a second ``fit`` starts as new.
-
-    Attributes:
-        engine: The engine of Hessian-vector products.
-        probe: The samples, once they are drawn.
-        seen: Collects samples where they cannot be drawn.
-        last_step: The ``global_step`` of the latest measurement.
-        warned: Names that a warning was given for.
-        seconds: All the time that was spent on measurements.
-    """
-
-    engine: EngineName
-    probe: list[Any] | None = None
-    seen: SeenBatches | None = None
-    last_step: int | None = None
-    warned: set[str] = field(default_factory=set)
-    seconds: float = 0.0
-
-
-class LandscapeMonitor(Callback):
+class LandscapeMonitor(CountedWork):
     """Measures before training, at the end of epochs and after steps, always on the same samples.
 
     A subclass says what in :meth:`measure_and_log`. Arguments and errors as of :class:`FlatnessMonitor`.
@@ -76,6 +56,7 @@ class LandscapeMonitor(Callback):
         engine: EngineName,
         on_error: OnError,
         seed: int,
+        budget: float | None = None,
     ) -> None:
         _check_positive("probe_size", probe_size)
         for name, value in [("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)]:
@@ -86,6 +67,7 @@ class LandscapeMonitor(Callback):
         if split not in ("train", "val"):
             raise ValueError(f"Expected `split` to be 'train' or 'val', got {split!r}.")
         check_options(mode, engine)
+        check_budget(budget)
         if on_error not in ("warn", "raise"):
             raise ValueError(f"Expected `on_error` to be 'warn' or 'raise', got {on_error!r}.")
         self.every_n_epochs = every_n_epochs
@@ -99,6 +81,7 @@ class LandscapeMonitor(Callback):
         self.engine: EngineName = engine
         self.on_error: OnError = on_error
         self.seed = seed
+        self.budget = budget
         self._has_said_when = False
         self.run = self.new_run()
 
@@ -137,7 +120,7 @@ class LandscapeMonitor(Callback):
                 "updates the weights itself. HINT: pass loss_fn=lambda module, batch: ... that returns the mean loss "
                 "of a batch."
             )
-        _check_strategy(trainer, name)
+        check_strategy(trainer, name)
         if trainer.barebones:
             rank_zero_info(f"{name} measures nothing under `Trainer(barebones=True)`, which disables logging.")
 
@@ -148,45 +131,66 @@ class LandscapeMonitor(Callback):
         self._draw_probe(trainer, pl_module)
         with self.survived("The start", trainer):
             self.prepare(trainer)
-        if trainer.global_step > 0:
-            self.run.last_step = trainer.global_step  # a resumed run: these weights have been measured before
+            self.expect(trainer)
+        if trainer.global_step > 0:  # a resumed run: these weights have been measured before, or left out
+            self.run.last_step = self.run.last_step if self.run.has_resumed else trainer.global_step
+            epoch = self.run.open_epoch
+            if epoch is not None and epoch < trainer.current_epoch and self._is_due(epoch):
+                self._measure_once(trainer, pl_module, on_step=False)  # Lightning does not come back to that epoch
         elif self.run.probe is not None and not overrides(pl_module, "on_train_start", "on_train_epoch_start"):
-            self._measure_once(trainer, pl_module, on_step=False)
+            self._measure_once(trainer, pl_module, on_step=False, always=True)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Collect samples where they cannot be drawn; measure, if the module was not ready before."""
         if self.run.seen is not None and self.run.probe is None:
             with self.survived("Keeping a batch to measure on", trainer, alone=True):
                 self.run.seen.collect(batch)
-        elif self.run.probe is not None and self.run.last_step is None:
-            self._measure_once(trainer, pl_module, on_step=True)
+        elif self.run.probe is not None and self.run.last_step is None and trainer.global_step == 0:
+            self._measure_once(trainer, pl_module, on_step=True, always=True)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure after every n-th optimizer step."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         step = trainer.global_step
         if self.every_n_steps is not None and step > 0 and step % self.every_n_steps == 0:
             self._measure_once(trainer, pl_module, on_step=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure at the end of every n-th epoch."""
-        if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._measure_once(trainer, pl_module, on_step=False)
+        """Measure at the end of every n-th epoch, with a budget after the last one in any case."""
+        always = self.budget is not None and is_last_epoch(trainer)
+        if always or self._is_due(trainer.current_epoch):
+            self._measure_once(trainer, pl_module, on_step=False, always=always)
+        super().on_train_epoch_end(trainer, pl_module)
 
-    def _measure_once(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, with a budget, what another callback has turned into the last epoch after this one's turn."""
+        # Averages take the place of the weights here.
+        if self.budget is not None and averaging_callback(trainer) is None:
+            self.run.has_ended = True
+            self._measure_once(trainer, pl_module, on_step=False, always=True)
+
+    def _is_due(self, epoch: int) -> bool:
+        return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0
+
+    def _measure_once(
+        self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool, always: bool = False
+    ) -> None:
         if trainer.barebones or trainer.global_step == self.run.last_step:
             return
         if self.run.seen is not None and (self.run.seen.is_complete or not on_step):
             self.run.probe, self.run.seen = self.run.seen.batches, None
         elif self.run.probe is None and self.run.seen is None:
             self._draw_probe(trainer, pl_module)  # the validation data was not loaded before
-        if self.run.probe is not None:
+        if self.run.probe is not None and (always or self.affords(trainer)):
             # The precision plugin's context is for the default dtype of 64-true; the landscape turns autocast off.
             self.run.last_step, start = trainer.global_step, time.perf_counter()
             with self.survived("A measurement", trainer), trainer.precision_plugin.train_step_context():
                 self.measure_and_log(trainer, pl_module, on_step=on_step)
             self.run.seconds += time.perf_counter() - start
+            self.count_measurement()
 
     def seconds_of_others(self, trainer: Trainer) -> float:
         """Return the time that the other monitors of this run have taken so far."""
@@ -211,6 +215,7 @@ class LandscapeMonitor(Callback):
             seed=self.seed,
             optimizer=trainer.optimizers if optimizers is None else optimizers,
         )
+        self.run.spent, self.run.num_samples = landscape.cost, landscape.num_samples
         landscape.on_evaluation = Progress(type(self).__name__, trainer, landscape)
         return landscape
 
@@ -255,20 +260,6 @@ class LandscapeMonitor(Callback):
                 f"Expected a validation dataset with a length for {type(self).__name__}(split='val'). "
                 "HINT: use split='train'."
             )
-
-
-def _check_strategy(trainer: Trainer, monitor: str) -> None:
-    kind = type(trainer.strategy)
-    reason = why_unsupported(trainer)
-    if reason is None and trainer.world_size > 1 and not (dist.is_available() and dist.is_initialized()):
-        reason = "whose ranks are no process group of torch.distributed"
-    if reason is not None:
-        raise MisconfigurationException(
-            f"Expected one device, or a strategy under which {monitor} can put the weights together on every rank "
-            f"(DDP; ModelParallelStrategy with FSDP2 or tensor parallelism), got {kind.__name__}, {reason}. HINT: "
-            "use strategy='ddp', or ModelParallelStrategy with torch.distributed.fsdp.fully_shard, or measure "
-            "checkpoints of this run with LossLandscape."
-        )
 
 
 def _first_loader(loaders: Any) -> Any:

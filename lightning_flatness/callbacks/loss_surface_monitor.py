@@ -8,10 +8,13 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_flatness.callbacks.counted_work import MonitoredRun
 from lightning_flatness.callbacks.failures import OnError
-from lightning_flatness.callbacks.landscape_monitor import LandscapeMonitor, MonitoredRun
+from lightning_flatness.callbacks.landscape_monitor import LandscapeMonitor
 from lightning_flatness.callbacks.loggers.figures import log_figure
 from lightning_flatness.geometry import Geometry, resolve_geometry
+from lightning_flatness.metrics import TopEigenvalues
+from lightning_flatness.metrics.presets import typical_gradients
 from lightning_flatness.module.loss import LossFunction
 from lightning_flatness.module.modes import Mode
 from lightning_flatness.surface.measure import LossSurface, check_options, loss_surface
@@ -46,6 +49,8 @@ class LossSurfaceMonitor(LandscapeMonitor):
 
     Args:
         every_n_epochs: Draw at the end of every n-th training epoch.
+        budget: Draw less often where pictures would take more than this share of the training's gradients; see
+            :class:`FlatnessMonitor`.
         directions: ``"random"`` (the same in every picture) or ``"eigenvectors"`` of the largest eigenvalues.
         geometry: The coordinates, e.g. ``"filter"`` or ``"path"``; see :func:`loss_surface`.
         num_directions: 1 for a curve, 2 for contours.
@@ -90,6 +95,7 @@ class LossSurfaceMonitor(LandscapeMonitor):
         log_key_prefix: str = "flatness/",
         on_error: OnError = "warn",
         seed: int = 0,
+        budget: float | None = None,
     ) -> None:
         self.radius = radius
         super().__init__(
@@ -104,6 +110,7 @@ class LossSurfaceMonitor(LandscapeMonitor):
             engine="auto",
             on_error=on_error,
             seed=seed,
+            budget=budget,
         )
         if directions not in ("random", "eigenvectors"):
             raise ValueError(f"Expected `directions` to be 'random' or 'eigenvectors', got {directions!r}.")
@@ -129,11 +136,17 @@ class LossSurfaceMonitor(LandscapeMonitor):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scale of colours: a resumed run goes on with that."""
-        return {"scale": self.run.scale}
+        return {"scale": self.run.scale} | super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the scale of colours."""
+        super().load_state_dict(state_dict)
         self.run.scale = state_dict.get("scale")
+
+    def expected_gradients(self) -> float:
+        """Return the gradients of a picture: a third for each point, and those of eigenvectors."""
+        eigenvectors = [TopEigenvalues(k=self.num_directions)] if self.directions == "eigenvectors" else []
+        return float(self.num_points**self.num_directions + 1) / 3 + typical_gradients(eigenvectors)
 
     def measure_and_log(self, trainer: Trainer, pl_module: LightningModule, *, on_step: bool) -> None:
         """Measure the surface and log its picture."""

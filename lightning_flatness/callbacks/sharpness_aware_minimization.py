@@ -70,6 +70,9 @@ class SharpnessAwareMinimization(Callback):
             whole batch would. False: each rank perturbs with the gradient of its own samples (m-sharpness), which
             saves one all-reduce per microbatch; not with sharded weights.
 
+    Attributes:
+        has_perturbed: Whether the latest microbatch had a second pass.
+
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: In ``fit``, before the first step: manual optimization, a ``training_step`` that
@@ -103,6 +106,7 @@ class SharpnessAwareMinimization(Callback):
         self._first_pass = ExitStack()
         self._totals: list[float] | None = None  # of the rises, of the norms, of the microbatches
         self._epoch = 0
+        self.has_perturbed = False
         self._pending: list[tuple[Tensor, float]] = []  # rises and norms of the last microbatches
 
     def should_perturb(self, step_idx: int, epoch_idx: int) -> bool:
@@ -141,6 +145,7 @@ class SharpnessAwareMinimization(Callback):
             )
         self._forget()
         self._totals, self._pending, self._epoch, self._bound = None, [], 0, None
+        self.has_perturbed = False
         # In front, so that the hooks of all other callbacks see the sharpness-aware gradient. A new list: the old
         # one is being iterated over.
         trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]  # type: ignore[attr-defined]
@@ -176,6 +181,7 @@ class SharpnessAwareMinimization(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Get ready to record the coming ``training_step``."""
         self._forget()
+        self.has_perturbed = False
         if not self.should_perturb(trainer.global_step, trainer.current_epoch):
             return
         if self._totals is None or self._epoch != trainer.current_epoch:
@@ -213,6 +219,7 @@ class SharpnessAwareMinimization(Callback):
             step.remove_placeholders()
         if loss is None:  # e.g. a step that returns None for a loss that is not finite: then as without SAM
             norm, loss = 0.0, step.second_pass()
+        self.has_perturbed = True
         self._record(step, loss, norm)
 
     def on_train_batch_end(

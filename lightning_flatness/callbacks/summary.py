@@ -5,17 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lightning_flatness.callbacks.budget import percent
 from lightning_flatness.metrics.measurement import Measurement
 
 BUDGET = 0.1
-"""Share of an epoch's time above which a summary says how to spend less."""
+"""Share above which a summary says how to spend less, where the user has set none."""
 
 _WORTH_SAVING = 5.0  # seconds in all
 _NUM_UNSTABLE = 3
 _LARGEST_RELATIVE_ERROR = 0.5
 
 
-def summarize(history: Sequence[tuple[int, Measurement]], weights: str, num_samples: int, mode: str) -> str:
+def summarize(
+    history: Sequence[tuple[int, Measurement]],
+    weights: str,
+    num_samples: int,
+    mode: str,
+    share: float = 0.0,
+    budget: float | None = None,
+) -> str:
     """Return a short text about a run.
 
     Args:
@@ -23,6 +31,8 @@ def summarize(history: Sequence[tuple[int, Measurement]], weights: str, num_samp
         weights: Which weights were measured.
         num_samples: The size of the probe.
         mode: How the module was run.
+        share: What measuring took, of the training's gradients.
+        budget: What it was allowed to take.
 
     Returns:
         A line of what was measured, a line per value, and a line per piece of advice.
@@ -31,10 +41,10 @@ def summarize(history: Sequence[tuple[int, Measurement]], weights: str, num_samp
         >>> first = Measurement({"lambda_max": 1.0}, {"lambda_max": {"residual": 0.1}})
         >>> costs = {"share_of_epoch_time": 0.3, "seconds": 9}
         >>> last = Measurement({"lambda_max": 8.0}, {"lambda_max": {"residual": 0.2}}, costs)
-        >>> print(summarize([(0, first), (50, last)], "trained", 512, "batch_statistics"))
+        >>> print(summarize([(0, first), (50, last)], "trained", 512, "batch_statistics", 0.21))
         2 measurements of the trained weights on 512 samples, mode 'batch_statistics':
           lambda_max: 1 ± 0.1 at step 0, 8 ± 0.2 at step 50
-          Measuring took 30 % of the time of an epoch. With every_n_epochs=3 it takes at most 10 %.
+          Measuring took 30 % of the time of an epoch, 21 % of the training's gradients. budget=0.1 bounds the latter.
     """
     if not history:
         return "Nothing was measured."
@@ -44,7 +54,7 @@ def summarize(history: Sequence[tuple[int, Measurement]], weights: str, num_samp
         points = [(step, measured) for step, measured in history if name in measured.values]
         ends = [points[0], points[-1]] if len(points) > 1 else points
         lines.append(f"  {name}: " + ", ".join(f"{_with_error(measured, name)} at step {s}" for s, measured in ends))
-    return "\n".join([*lines, *(f"  {line}" for line in advice(history, num_samples, mode))])
+    return "\n".join([*lines, *(f"  {line}" for line in advice(history, num_samples, mode, share, budget))])
 
 
 def _with_error(measured: Measurement, name: str) -> str:
@@ -52,13 +62,21 @@ def _with_error(measured: Measurement, name: str) -> str:
     return f"{measured.values[name]:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
-def advice(history: Sequence[tuple[int, Measurement]], num_samples: int, mode: str) -> list[str]:
+def advice(
+    history: Sequence[tuple[int, Measurement]],
+    num_samples: int,
+    mode: str,
+    share: float = 0.0,
+    budget: float | None = None,
+) -> list[str]:
     """Return what to change, a sentence each with the number behind it.
 
     Args:
         history: Steps and what was measured there, in order.
         num_samples: The size of the probe.
         mode: How the module was run; only in ``"batch_statistics"`` the edge of stability is training's.
+        share: What measuring took, of the training's gradients.
+        budget: What it was allowed to take.
     """
     last = history[-1][1]
     found = []
@@ -84,11 +102,28 @@ def advice(history: Sequence[tuple[int, Measurement]], num_samples: int, mode: s
                 f"{100 * _LARGEST_RELATIVE_ERROR:.0f} %."
             )
     found += [f"{name} {remark}" for name, remark in last.remarks.items()]
-    shares = [m.costs["share_of_epoch_time"] for _, m in history if "share_of_epoch_time" in m.costs]
-    spent = sum(m.costs.get("seconds", 0.0) for _, m in history)
-    if shares and spent > _WORTH_SAVING and (share := sum(shares) / len(shares)) > BUDGET:
-        found.append(
-            f"Measuring took {share:.0%} of the time of an epoch. With every_n_epochs={math.ceil(share / BUDGET)} it "
-            f"takes at most {BUDGET:.0%}.".replace("%", " %")
-        )
+    if (line := _advice_on_cost(history, num_samples, share, budget)) is not None:
+        found.append(line)
     return found
+
+
+def _advice_on_cost(
+    history: Sequence[tuple[int, Measurement]], num_samples: int, share: float, budget: float | None
+) -> str | None:
+    if budget is not None:
+        if share <= budget:
+            return None
+        size = math.floor(num_samples * budget / share)
+        hint = f" probe_size={size} would come to {percent(budget)}." if size else ""
+        return (
+            f"Measuring took {percent(share)} of the training's gradients, above budget={budget:g}: it always measures "
+            f"before training and after the last epoch.{hint}"
+        )
+    times = [m.costs["share_of_epoch_time"] for _, m in history if "share_of_epoch_time" in m.costs]
+    seconds = sum(m.costs.get("seconds", 0.0) for _, m in history)
+    if seconds <= _WORTH_SAVING or not times or (time := sum(times) / len(times)) <= BUDGET:
+        return None
+    return (
+        f"Measuring took {percent(time)} of the time of an epoch, {percent(share)} of the training's gradients. "
+        f"budget={BUDGET:g} bounds the latter."
+    )

@@ -65,6 +65,7 @@ class FlatnessMetric(Metric):
         converged: Whether the estimator reached its tolerance.
         num_products: Hessian-vector products of the latest measurement.
         gradient_evaluations: Cost of the latest measurement, in gradients of the loss on all samples.
+        start: Directions from which the next measurement starts, where that saves something; None for none.
         estimator: ``estimator(landscape, **settings)`` returns an :class:`Estimate`.
         least: The smallest values of counts where the estimator needs more than others.
         error_name: ``"residual"``, ``"numerical_error"`` or ``"first_order_gap"``: what ``error`` is called in logs.
@@ -92,6 +93,7 @@ class FlatnessMetric(Metric):
     def __init__(self, *, shape: tuple[int, ...] = (), **settings: Any) -> None:
         check_arguments(settings, self.least)
         super().__init__(sync_on_compute=False)
+        self.start: Tensor | None = None
         if "geometry" in settings:
             settings["geometry"] = resolve_geometry(settings["geometry"])
         self._names = tuple(settings)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_flatness.estimators import (
@@ -28,7 +27,7 @@ from lightning_flatness.metrics.base import Curve, FlatnessMetric, arguments
 
 
 class EigenvalueMetric(FlatnessMetric):
-    """A metric of eigenvalues. A measurement starts from the eigenvectors of the previous one."""
+    """A metric of eigenvalues. A measurement starts from the eigenvectors of the previous one: ``start``."""
 
     estimator = staticmethod(top_eigenvalues)
 
@@ -37,19 +36,16 @@ class EigenvalueMetric(FlatnessMetric):
     which: Which
     operator: Operator
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._previous: Tensor | None = None
-
     def reset(self) -> None:
         """Forget the latest value, and its eigenvectors as a start of the next measurement."""
         super().reset()
-        self._previous = None
+        self.start = None
 
     def estimate(self, landscape: LossLandscape) -> Estimate:
         """Find the eigenvalues."""
-        result = self.estimator(landscape, start=self._previous, **self.settings)
-        self._previous = mixed(result.subspace, self.k)  # all that a start takes from them, in the memory of one
+        start = None if self.start is None else self.start.to(landscape.device)
+        result = self.estimator(landscape, start=start, **self.settings)
+        self.start = mixed(result.subspace, self.k)  # all that a start takes from them, in the memory of one
         errors = None
         if self.operator == "hessian":
             chart = landscape.chart(self.geometry)

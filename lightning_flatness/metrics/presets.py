@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 from lightning_flatness.estimators import TOLERANCE
@@ -111,3 +113,39 @@ def preset_metrics(
             "batch_sharpness": BatchSharpness(),
         }
     return metrics
+
+
+def typical_gradients(metrics: Iterable[FlatnessMetric]) -> float:
+    """Return what one measurement is expected to take after an epoch, in gradients of the loss on all samples.
+
+    The typical cost of each class, times the eigenvalues, products, runs or draws that it has more than in the presets.
+
+    Args:
+        metrics: What is measured.
+
+    Returns:
+        The gradients. A class that is not in the table counts as lambda_max.
+
+    Example:
+        >>> typical_gradients(preset_metrics().values())
+        24
+        >>> typical_gradients([HessianTrace(num_products=96)])
+        194.0
+    """
+    known: dict[tuple[type, object], tuple[int, FlatnessMetric]] = {}
+    for name, metric in preset_metrics("all").items():
+        known.setdefault(_kind(metric), (TYPICAL_COSTS[name][1], metric))
+    default = known[_kind(TopEigenvalues())]
+    found = [(metric, *known.get(_kind(metric), default)) for metric in metrics]
+    return sum(cost * _effort(metric, typical) for metric, cost, typical in found)
+
+
+def _kind(metric: FlatnessMetric) -> tuple[type, object]:
+    return type(metric), metric.settings.get("which") == "SA"
+
+
+def _effort(metric: FlatnessMetric, typical: FlatnessMetric) -> float:
+    own, usual = metric.settings, typical.settings
+    counts = ("k", "num_products", "num_runs", "num_steps", "num_restarts", "num_draws")
+    ratios = [own[name] / usual[name] for name in counts if name in own and own[name] != usual.get(name, own[name])]
+    return math.prod(ratios) if ratios else 1

@@ -137,11 +137,11 @@ def test_samples_collected_from_a_stream_are_not_those_of_the_next_run(tmp_path)
 def test_the_clock_and_the_hyperparameters_of_an_epoch(tmp_path):
     monitor = FlatnessMonitor()
     fit(tmp_path, monitor)
-    assert monitor.run.epoch_start is not None
-    assert monitor.run.seconds_in_epoch > 0
+    assert monitor.run.clock.epoch_start is not None
+    assert monitor.run.clock.seconds_in_epoch > 0
     assert monitor.run.has_logged_hyperparameters
     set_up_again(tmp_path, monitor)
-    assert (monitor.run.epoch_start, monitor.run.seconds_in_epoch) == (None, 0.0)
+    assert (monitor.run.clock.epoch_start, monitor.run.clock.seconds_in_epoch) == (None, 0.0)
     assert not monitor.run.has_logged_hyperparameters
 
 

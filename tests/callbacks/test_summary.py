@@ -57,8 +57,16 @@ def test_a_share_above_a_tenth_and_what_has_not_converged():
         costs={"share_of_epoch_time": 0.35, "seconds": 9.0},
         remarks={"lambda_max": "did not converge within 3 products"},
     )
-    text = summarize([(7, found)], "trained", 512, "batch_statistics")
-    assert "Measuring took 35 % of the time of an epoch. With every_n_epochs=4" in text
+    text = summarize([(7, found)], "trained", 512, "batch_statistics", 0.212)
+    assert "Measuring took 35 % of the time of an epoch, 21 % of the training's gradients. budget=0.1 bounds" in text
     assert "lambda_max did not converge within 3 products" in text
     for costs in ({"share_of_epoch_time": 0.05, "seconds": 9.0}, {"share_of_epoch_time": 0.35, "seconds": 0.1}):
         assert advice([(7, Measurement(costs=costs))], 512, "batch_statistics") == []
+
+
+def test_a_share_above_the_budget():
+    measured = [(7, Measurement())]
+    (line,) = advice(measured, 512, "batch_statistics", share=0.08, budget=0.05)
+    assert "Measuring took 8 % of the training's gradients, above budget=0.05" in line
+    assert "probe_size=320 would come to 5 %" in line
+    assert advice(measured, 512, "batch_statistics", share=0.05, budget=0.05) == []

@@ -32,6 +32,10 @@ def test_ddp_logs_the_values_of_one_process_once(tmp_path, probe_size):
     first, second = run_ranks("monitor", tmp_path / "two", 2, probe_size)
     assert first == second
     assert first.keys() == single.keys()
+    if probe_size > 1:  # a budget counts the samples of both ranks, and both measure at the same steps
+        assert first["trained"] == single["trained"] == 10 * 48
+        assert len(first["steps"]) > 2
+        assert (first["steps"][0], first["steps"][-1]) == (0, 60)
     rows = logged(tmp_path / "two")
     assert [int(row["step"]) for row in rows] == [0, 6, 12]
     before, alone = rows[0], logged(tmp_path / "one")[0]
