@@ -268,9 +268,7 @@ class Normalized(Classifier):
         return torch.optim.AdamW(self.parameters(), lr=0.02)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"every_n_steps": 1}, {"every_n_epochs": None, "every_n_steps": 3, "top_k": 2}]
-)
+@pytest.mark.parametrize("options", [{}, {"every_n_steps": 1}, {"every_n_epochs": None, "every_n_steps": 3}])
 @pytest.mark.parametrize("module", [Classifier, Normalized])
 def test_a_resumed_run_measures_at_the_same_steps(tmp_path, options, module):
     whole = small(1.0, **options)
