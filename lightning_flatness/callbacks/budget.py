@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -41,12 +41,12 @@ class GradientWork:
     Args:
         trained: What training has taken, over all ranks.
         measured: What measurements have taken.
-        recent: What the last three have taken, in front of these what the first is expected to take.
+        largest: The most that one has taken; before that, what the first is expected to take.
     """
 
     trained: float = 0.0
     measured: float = 0.0
-    recent: list[float] = field(default_factory=list)
+    largest: float = 0.0
 
     @property
     def share(self) -> float:
@@ -54,17 +54,17 @@ class GradientWork:
         return self.measured / self.trained if self.trained else 0.0
 
     def affords(self, budget: float) -> bool:
-        """Return whether measuring stays within a share of the training if one more takes as much as any recent one.
+        """Return whether measuring stays within a share of the training if one more takes as much as any so far.
 
         Args:
             budget: That share.
 
         Example:
-            >>> work = GradientWork(trained=1000.0, recent=[100.0])
+            >>> work = GradientWork(trained=1000.0, largest=100.0)
             >>> work.affords(0.05), work.affords(0.1)
             (False, True)
         """
-        return self.measured + max(self.recent, default=0.0) <= budget * self.trained
+        return self.measured + self.largest <= budget * self.trained
 
     def add(self, gradients: float) -> None:
         """Count a measurement.
@@ -73,7 +73,7 @@ class GradientWork:
             gradients: What it took.
         """
         self.measured += gradients
-        self.recent = [*self.recent, gradients][-3:]
+        self.largest = max(self.largest, gradients)
 
 
 @dataclass

@@ -103,7 +103,7 @@ class CountedWork(Callback):
         num_total = getattr(self.run.probe, "num_total", None)
         self.run.num_samples = min(self.probe_size, num_total or self.probe_size)
         self.run.epoch = gradients_of_epoch(trainer, num_total if self.split == "train" else None)
-        self.run.work.recent = self.run.work.recent or [self.expected_gradients() * self.run.num_samples]
+        self.run.work.largest = self.run.work.largest or self.expected_gradients() * self.run.num_samples
         for name in self.run.starts.keys() & self.run.metrics.keys():
             self.run.metrics[name].start = self.run.starts[name]
         self.run.starts = {}
