@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 import os
@@ -21,7 +22,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_flatness.measuring.loading import CheckpointError, Weights, load_weights
-from lightning_flatness.measuring.recipes import PROGRAM_HINT, Recipe, data_from, imported, module_from, saved_class
+from lightning_flatness.measuring.recipes import (
+    PROGRAM_HINT,
+    Recipe,
+    data_from,
+    imported,
+    is_a,
+    module_from,
+    package_of,
+    saved_class,
+)
 
 _CLI_KEYS = ("seed_everything", "model", "data", "optimizer", "lr_scheduler")
 _TRAINER_KEYS = ("precision", "limit_train_batches", "limit_val_batches", "accumulate_grad_batches", "max_epochs")
@@ -80,19 +90,19 @@ def build(recipe: Recipe, checkpoint: dict[str, Any], weights: Weights, device: 
         if config is not None and not inspect.isfunction(module_class):
             module, data, trainer = _from_config(config, module_class, data, settings)
         else:
-            trainer = Trainer(**settings)
+            trainer = importlib.import_module(package_of(module_class)).Trainer(**settings)
             with trainer.init_module():
                 module = module_from(module_class, checkpoint)
         data = data_from(data, checkpoint)
     trainer.loggers = [DummyLogger()]  # the user's code may ask for the logger's experiment
     for owner in (module, data):
-        if isinstance(owner, LightningModule | LightningDataModule):
+        if is_a(type(owner), "LightningModule") or is_a(type(owner), "LightningDataModule"):
             owner.trainer = trainer
-    if isinstance(data, LightningDataModule):
+    if is_a(type(data), "LightningDataModule"):
         vars(trainer)["datamodule"] = data  # where Lightning has it, too
     with suppress(KeyError):  # of a version with other loops; the module then sees epoch 0
         trainer.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])
-    if isinstance(data, LightningDataModule):
+    if is_a(type(data), "LightningDataModule"):
         data.prepare_data()
         data.setup("fit")
     module.prepare_data()
@@ -109,8 +119,7 @@ def build(recipe: Recipe, checkpoint: dict[str, Any], weights: Weights, device: 
 
 def _datamodule(name: str | None) -> Any:
     found = imported(name)
-    is_datamodule = inspect.isclass(found) and issubclass(found, LightningDataModule)
-    return found if is_datamodule else None  # a checkpoint names no other code to run
+    return found if is_a(found, "LightningDataModule") else None  # a checkpoint names no other code to run
 
 
 def _precision(state: dict[str, Any]) -> str:
@@ -121,9 +130,7 @@ def _precision(state: dict[str, Any]) -> str:
 def _from_config(
     config: Mapping[str, Any], module_class: Any, data: Any, trainer: dict[str, Any]
 ) -> tuple[LightningModule, Any, Trainer]:
-    from lightning.pytorch.cli import LightningCLI  # takes jsonargparse
-
-    is_datamodule = inspect.isclass(data) and issubclass(data, LightningDataModule)
+    is_datamodule = is_a(data, "LightningDataModule")
     for name, given, option in [("model", module_class, "module"), ("data", data, "data")]:
         if given is None and config.get(name) and "class_path" not in config[name]:
             raise CheckpointError(
@@ -134,7 +141,7 @@ def _from_config(
     if data is not None and not is_datamodule:
         arguments.pop("data", None)
     try:
-        cli = LightningCLI(
+        cli = importlib.import_module(f"{package_of(module_class)}.cli").LightningCLI(  # takes jsonargparse
             module_class,
             data if is_datamodule else None,
             subclass_mode_model="class_path" in (config["model"] or {}),

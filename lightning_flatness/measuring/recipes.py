@@ -17,7 +17,8 @@ from lightning_flatness.measuring.loading import CheckpointError
 
 PROGRAM_HINT = "`__main__` is the program that was run: name it with --module, as in --module main:Net for main.py."
 _PROGRAM = "__main__."
-_INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+_INSTANTIATORS = tuple(f"{package}.cli.instantiate_module" for package in _PACKAGES)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,23 @@ def _renamed(content: Any, place: str) -> Any:
             for key, value in content.items()
         }
     return [_renamed(value, place) for value in content] if isinstance(content, list) else content
+
+
+def is_a(kind: Any, name: str) -> bool:
+    """Return whether something is a class that inherits from one of Lightning's, of either package.
+
+    Args:
+        kind: Anything.
+        name: ``"LightningModule"`` or ``"LightningDataModule"``.
+    """
+    bases = kind.__mro__ if inspect.isclass(kind) else ()
+    return any(base.__name__ == name and base.__module__.startswith(_PACKAGES) for base in bases)
+
+
+def package_of(kind: Any) -> str:
+    """Return the package of Lightning that a class inherits from; ``lightning.pytorch`` for anything else."""
+    bases = kind.__mro__ if inspect.isclass(kind) else ()
+    return next((_PACKAGES[1] for base in bases if base.__module__.startswith(_PACKAGES[1])), _PACKAGES[0])
 
 
 def read_config(path: Path) -> Mapping[str, Any] | None:
@@ -136,11 +154,11 @@ def module_from(kind: Any, checkpoint: Mapping[str, Any]) -> LightningModule:
     if inspect.isfunction(kind):
         module = kind()
     else:
-        is_class = inspect.isclass(kind) and issubclass(kind, LightningModule)
-        module = made(kind, LightningModule, checkpoint) if is_class else kind
-    if not isinstance(module, LightningModule):
+        module = made(kind, LightningModule, checkpoint) if is_a(kind, "LightningModule") else kind
+    if not is_a(type(module), "LightningModule"):
         raise CheckpointError(f"Expected --module to be a LightningModule or a function that makes one, got {kind!r}.")
-    return module
+    built: LightningModule = module
+    return built
 
 
 def data_from(source: Any, checkpoint: Mapping[str, Any]) -> Any:
@@ -156,7 +174,7 @@ def data_from(source: Any, checkpoint: Mapping[str, Any]) -> Any:
     Raises:
         CheckpointError: If it cannot be built.
     """
-    if inspect.isclass(source) and issubclass(source, LightningDataModule):
+    if is_a(source, "LightningDataModule"):
         return made(source, LightningDataModule, checkpoint)
     return source() if inspect.isfunction(source) else source
 
@@ -193,9 +211,7 @@ def made(kind: type, owner: Any, checkpoint: Mapping[str, Any]) -> Any:
         kept = {name: AttributeDict(saved)}
     try:
         if instantiator is not None:  # for nested classes
-            from lightning.pytorch.cli import instantiate_module  # takes jsonargparse
-
-            return instantiate_module(kind, kept)
+            return imported(instantiator)(kind, kept)
         kept.pop("_class_path", None)
         return kind(**kept)
     except TypeError as error:

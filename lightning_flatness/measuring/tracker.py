@@ -19,6 +19,7 @@ from lightning_flatness.estimators import TOLERANCE
 from lightning_flatness.landscape import LossLandscape
 from lightning_flatness.landscape.options import EngineName, check_options
 from lightning_flatness.landscape.ranks import rank_and_world_size
+from lightning_flatness.measuring.recipes import is_a
 from lightning_flatness.measuring.report import FlatnessReport
 from lightning_flatness.metrics.measurement import measure_metrics
 from lightning_flatness.metrics.named import Metrics, chosen
@@ -41,8 +42,8 @@ class FlatnessTracker:
 
     Args:
         module: What is trained: an ``nn.Module``, wrapped in DDP or not, or a LightningModule.
-        data: A DataLoader, a dataset, a DataModule (its training data), or batches, which are used as they come: those
-            of :func:`draw_probe`, say.
+        data: A DataLoader, a dataset, a DataModule (its training data; it is set up if no run has), or batches, which
+            are used as they come: those of :func:`draw_probe`, say.
         metrics: ``"default"``, ``"all"``, names of metrics, or metrics by name.
         loss_fn: ``loss_fn(module, batch)`` returns the mean loss of a batch. Default: the module's ``training_step``.
         optimizer: What trains the module, or several; for its edge of stability.
@@ -172,8 +173,12 @@ def measure(*args: Any, **settings: Any) -> FlatnessReport:
 def _probe(module: Any, data: Data, size: int, batch_size: int | None, mode: Mode, seed: int) -> list[Any]:
     """Draw the samples, and bring them into the form in which the training step gets them."""
     loader: Iterable[Any] = data  # type: ignore[assignment]
-    if isinstance(data, LightningDataModule):
-        loader = data.train_dataloader()
+    if is_a(type(data), "LightningDataModule"):
+        datamodule: Any = data
+        if datamodule.trainer is None:  # no run has prepared it
+            datamodule.prepare_data()
+            datamodule.setup("fit")
+        loader = datamodule.train_dataloader()
     elif isinstance(data, Dataset):
         loader = DataLoader(data, batch_size=batch_size or MAX_DEFAULT_BATCH_SIZE)
     rank, world_size = rank_and_world_size()

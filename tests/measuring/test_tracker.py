@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from helpers.modules import Augmented, Busy, Classifier, Plain, loader
@@ -56,6 +58,27 @@ def test_the_public_probe_is_the_monitors(tmp_path):
     torch.testing.assert_close(draw_probe(data, 20, seed=0), monitor.run.probe, rtol=0, atol=0)
     by_probe = measure(run.lightning_module, draw_probe(data, 20), tol=1e-5).values["lambda_max"]
     assert by_probe == pytest.approx(measure(run.lightning_module, data, probe_size=20, tol=1e-5).values["lambda_max"])
+
+
+class Prepared(pl.LightningDataModule):
+    num_calls = 0
+
+    def setup(self, stage: str) -> None:
+        assert stage == "fit"
+        self.num_calls += 1
+        self.loader = loader()
+
+    def train_dataloader(self) -> Any:
+        return self.loader
+
+
+def test_a_datamodule_is_set_up_if_no_run_has(tmp_path):
+    module, data = Classifier(), Prepared()
+    assert measure(module, data).values == measure(module, loader()).values
+    data = Prepared()
+    fit(tmp_path, module=module, data=(data,), max_epochs=1)
+    measure(module, data)
+    assert data.num_calls == 1
 
 
 def test_data_without_a_length_gives_its_first_samples():

@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_flatness import measure_checkpoints
+from lightning_flatness import measure, measure_checkpoints
 from lightning_flatness.__main__ import main
 
 PROGRAM = Path(user_program.__file__)
@@ -248,3 +248,38 @@ def test_a_checkpoint_names_no_code_to_call(of_decided, tmp_path):
 
 def fails() -> None:
     raise AssertionError("a checkpoint has called this")
+
+
+def test_runs_of_the_other_package(tmp_path):
+    other = pytest.importorskip("pytorch_lightning", reason="needs pytorch-lightning")
+
+    class Other(other.LightningModule):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class OtherData(other.LightningDataModule):
+        def setup(self, stage: str) -> None:
+            self.loader = loader()
+
+        def train_dataloader(self) -> Any:
+            return self.loader
+
+    module = Other(4)
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run = other.Trainer(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", **options)
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    found = measure_checkpoints([tmp_path / "model.ckpt"], module=Other, data=OtherData, writes=False)
+    assert found.problems == found.notes == ()
+    expected = measure(module, OtherData(), optimizer=run.optimizers)
+    assert found[0].report.values == pytest.approx(expected.values, rel=1e-4)
