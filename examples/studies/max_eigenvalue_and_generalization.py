@@ -13,10 +13,11 @@ On the Maximum Hessian Eigenvalue and Generalization (arXiv 2206.10654) says, in
 5. BatchNorm does not consistently produce a smaller lambda_max, and nevertheless helps generalisation.
 
 The paper has larger networks on CIFAR-10 (from memory); here it is a small convolutional network on MNIST, trained
-with momentum. All networks are measured at the same training loss (in evaluation mode: no dropout, running statistics
-of BatchNorm), since late in training lambda_max shrinks with the loss. Effects are over seeds, paired by the initial
-weights. What counts as the same is fixed in advance: test accuracies within one percent point, and lambda_max within a
-factor of 1.25.
+with momentum. All networks are measured at the same training loss (that of evaluation mode: no dropout, running
+statistics of BatchNorm), since late in training lambda_max shrinks with the loss. lambda_max is that of the monitor's
+default mode, with BatchNorm's statistics of the batch; the committed table is older and of evaluation mode. Effects are
+over seeds, paired by the initial weights. What counts as the same is fixed in advance: test accuracies within one
+percent point, and lambda_max within a factor of 1.25.
 """
 
 from __future__ import annotations

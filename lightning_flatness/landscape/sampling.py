@@ -256,7 +256,8 @@ def _loss_of(loss: BatchedLoss, index: int, batch: Any) -> Tensor:
     gradients = nullcontext() if loss.operators.differentiates else torch.no_grad()
     with gradients, loss.measured.forward_pass(index):
         output = loss.loss_fn(loss.module, copy_batch(batch))
-    return check_loss(loss_in(output)).detach().cpu().reshape(1)
+    # Not finite: of samples that are all left out (`ignore_index`), or far away. The error is then not known.
+    return check_loss(loss_in(output), allow_non_finite=True).detach().cpu().reshape(1)
 
 
 @contextmanager

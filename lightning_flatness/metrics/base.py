@@ -61,7 +61,8 @@ class FlatnessMetric(Metric):
         standard_error: How far the value is from the truth about the *whole training set* that the samples were drawn
             from: what the choice of samples makes, and random probes. More samples make it smaller. It is mostly the
             larger of the two. Not a number where it is not known: below 8 samples, in low precision, for the
-            Gauss-Newton matrix.
+            Gauss-Newton matrix. Too small where few samples make the value: two times for the eigenvalues of an LSTM,
+            right for an MLP and CNNs (``examples/benchmarks/calibration.py``).
         converged: Whether the estimator reached its tolerance.
         num_products: Hessian-vector products of the latest measurement.
         gradient_evaluations: Cost of the latest measurement, in gradients of the loss on all samples.

@@ -142,6 +142,17 @@ def test_groups_of_samples_where_single_ones_have_no_loss(kind):
         assert errors[-1] == pytest.approx(float(plain.standard_error), rel=0.5)
 
 
+def test_groups_without_a_loss_have_none():
+    """A group of samples that are all left out has a loss of 0/0; that of all samples is fine."""
+    module, x, y = problem(32)
+    y[::2] = y[1::2]  # a group is two samples
+    landscape = LossLandscape(module, [(x, y)], lambda m, b: F.cross_entropy(m(b[0]), b[1], ignore_index=0))
+    for metric in (TopEigenvalues(tol=1e-6), InvariantSharpness(tol=1e-6)):
+        metric.update(landscape)
+        assert metric.converged
+        assert metric.standard_error.isnan().all()
+
+
 def test_batches_that_cannot_be_split_have_none():
     class Sums:
         """A batch that says its size and cannot be sliced."""
