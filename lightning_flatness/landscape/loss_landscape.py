@@ -28,7 +28,7 @@ from lightning_flatness.landscape.options import EngineName, check_options
 from lightning_flatness.landscape.output_loss import output_loss_of
 from lightning_flatness.landscape.point import Point
 from lightning_flatness.landscape.samples import Samples
-from lightning_flatness.module.loss import LossFunction, trainable_parameters, training_step_of
+from lightning_flatness.module.loss import LossFunction, measured_parameters, training_step_of
 from lightning_flatness.module.modes import Mode
 from lightning_flatness.module.sharding import check_gathered, check_sharding, reshard
 
@@ -36,8 +36,8 @@ from lightning_flatness.module.sharding import check_gathered, check_sharding, r
 class LossLandscape:
     r"""The mean loss of a module over fixed samples, ``L(w) = 1/N sum_n loss_n(w)``, at its current weights.
 
-    The weights are the trainable parameters, each once (tied parameters are one tensor), as one flat vector in
-    the order of ``module.parameters()``. Batches are weighted by their number of samples. When a process group
+    The weights are the trainable parameters, or those named, each once (tied ones are one tensor), as one flat vector
+    in the order of ``module.parameters()``. Batches are weighted by their number of samples. When a process group
     is initialised, the batches of each rank are its share of the samples, and the mean runs over all ranks with
     one all-reduce per evaluation; so all ranks have to make the same calls. Weights sharded by ``fully_shard`` (FSDP2)
     or tensor parallelism are gathered on every rank for a measurement, in the precision in which they are stored: it
@@ -61,14 +61,14 @@ class LossLandscape:
             differences, with a warning, if an operator has no second derivative. ``"exact"``: the same, but an error
             instead of the warning. ``"kept"``, ``"rebuilt"``: all graphs, or none. ``"finite_difference"``: central
             differences of the gradient, with ``product_error`` their relative error.
-        graph_memory: Bytes of gradient graphs that are kept between Hessian-vector products of one measurement.
-            Batches beyond that are differentiated anew in each product, which costs 1.5 times as much. The graph of
-            a single batch is kept in any case.
-        batch_size_fn: ``batch_size_fn(batch)`` returns the number of samples of a batch. Default: the length
-            of the first axis of the first tensor in it.
+        graph_memory: Bytes of gradient graphs that are kept between the products of a measurement. Batches beyond that
+            are differentiated anew in each, which costs 1.5 times as much. That of a single batch is kept in any case.
+        batch_size_fn: Returns the number of samples of a batch. Default: the length of the first tensor's first axis.
         seed: Seed of the random numbers that the module draws.
         optimizer: The optimizer that trains the module, or several of them; the geometry ``"optimizer"`` needs it.
         num_total: Number of samples of the whole training set, for standard errors; :func:`draw_probe` knows it.
+        parameters: The weights by name, frozen ones too: patterns such as ``"encoder.*,head.*"`` or a list of them;
+            ``"*"`` means all. Default: the trainable ones.
 
     Attributes:
         samples: The batches and their number of samples.
@@ -80,7 +80,7 @@ class LossLandscape:
         on_evaluation: Called after every loss, gradient and Hessian-vector product, e.g. to report progress.
 
     Raises:
-        ValueError: If there are no samples or no trainable parameters, an option is not one of those named, or the
+        ValueError: If there are no samples or no such parameters, an option is not one of those named, or the
             weights are spread over ranks in another way (FSDP1, DeepSpeed, pipelines).
         TypeError: If there is neither a ``loss_fn`` nor a ``training_step``.
 
@@ -111,6 +111,7 @@ class LossLandscape:
         seed: int = 0,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         num_total: int | None = None,
+        parameters: str | Sequence[str] | None = None,
     ) -> None:
         check_options(mode, engine)
         self._module = module.module if isinstance(module, DistributedDataParallel) else module
@@ -120,7 +121,7 @@ class LossLandscape:
         self.seed = seed
         self.optimizer = optimizer
         reshard(self._module)
-        self._parameters = trainable_parameters(self._module)
+        self._parameters = measured_parameters(self._module, parameters)
         self.num_parameters = sum(p.numel() for p in self._parameters)
         self.device = self._parameters[0].device
         self.dtype = vector_dtype(self._parameters)
@@ -157,7 +158,7 @@ class LossLandscape:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The trainable parameters of :attr:`module`, each once."""
+        """The measured parameters of :attr:`module`, each once."""
         return self._parameters if self._loss is None else self._loss.parameters
 
     @property
@@ -182,11 +183,10 @@ class LossLandscape:
             with torch.inference_mode(False), torch.enable_grad():  # Metric.update has turned gradients off again
                 yield self
             return
-        budget = self._products.budget(self.graph_memory)
-        here = Point(GraphStore(budget, keeps_first=len(self.samples.batches) == 1))
+        graphs = GraphStore(self._products.budget(self.graph_memory), keeps_first=len(self.samples.batches) == 1)
         with measured_module(self._module, self._parameters, self.mode, self.seed) as measured:
             self._loss = BatchedLoss(
-                measured, self.loss_fn, self.samples, self.cost, self.operators, self.on_evaluation, here
+                measured, self.loss_fn, self.samples, self.cost, self.operators, self.on_evaluation, Point(graphs)
             )
             try:
                 yield self
@@ -289,12 +289,12 @@ class LossLandscape:
             return self._products.gauss_newton(self.batched_loss, v)
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """Return views of a flat vector, one in the shape of each trainable parameter."""
+        """Return views of a flat vector, one in the shape of each measured parameter."""
         return unflatten(vector, self.parameters)
 
     def _check_vector(self, name: str, vector: Tensor) -> None:
         if vector.shape != (self.num_parameters,):
             raise ValueError(
-                f"Expected `{name}` to be a flat vector of shape ({self.num_parameters},), one entry per trainable "
+                f"Expected `{name}` to be a flat vector of shape ({self.num_parameters},), one entry per measured "
                 f"parameter, got shape {tuple(vector.shape)}."
             )

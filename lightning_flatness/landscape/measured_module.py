@@ -23,7 +23,7 @@ def measured_module(module: nn.Module, parameters: Sequence[Tensor], mode: Mode,
 
     Args:
         module: The user's module.
-        parameters: Its trainable parameters.
+        parameters: Those of its parameters that are measured.
         mode: Which layers act as in training.
         seed: Seed of the random numbers of every forward pass.
 
@@ -33,6 +33,7 @@ def measured_module(module: nn.Module, parameters: Sequence[Tensor], mode: Mode,
     """
     check_ranks(parameters[0].device)
     with gathered(module, parameters) as whole_parameters, twin_of(module, whole_parameters, mode, seed) as twin:
+        twin.differentiate_measured()
         yield twin
 
 

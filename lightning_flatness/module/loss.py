@@ -1,9 +1,11 @@
-"""What a landscape takes from a module: its loss on a batch, and its trainable parameters; checked."""
+"""What a landscape takes from a module: its loss on a batch, and its parameters; checked."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
@@ -91,13 +93,21 @@ def graph_nodes(outputs: Iterable[Tensor]) -> set[Any]:
     return nodes
 
 
-def trainable_parameters(module: nn.Module) -> list[Tensor]:
-    """Return the trainable parameters of a module, each once, in the order of ``module.parameters()``.
+def measured_parameters(module: nn.Module, patterns: str | Sequence[str] | None = None) -> list[Tensor]:
+    """Return the parameters of a module that are the weights of its landscape, each once, in the module's order.
+
+    Args:
+        module: Any module.
+        patterns: Patterns of names, ``"encoder.*,head.*"`` or a list of them; frozen parameters may be among those that
+            match. Default: the trainable ones.
 
     Raises:
         ValueError: If there are none, or they do not make one flat real vector on one device.
     """
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if patterns is None:
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    else:
+        named = _matching(dict(module.named_parameters()), patterns)
     if not named:
         raise ValueError(
             f"Expected trainable parameters, got {type(module).__name__} with none. Set requires_grad=True on the "
@@ -110,5 +120,18 @@ def trainable_parameters(module: nn.Module) -> list[Tensor]:
             raise ValueError(f"Expected real parameters, got {name!r} of {p.dtype}. Freeze it, or use real tensors.")
     devices = {p.device for p in named.values()}
     if len(devices) > 1:
-        raise ValueError(f"Expected all trainable parameters on one device, got {sorted(map(str, devices))}.")
+        raise ValueError(f"Expected all measured parameters on one device, got {sorted(map(str, devices))}.")
     return list(named.values())
+
+
+def _matching(named: dict[str, nn.Parameter], patterns: str | Sequence[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters whose names match; an error with the nearest names for a pattern that matches none."""
+    wanted = [p.strip() for p in patterns.split(",")] if isinstance(patterns, str) else list(patterns)
+    for pattern in wanted:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            near = get_close_matches(pattern, named, n=3, cutoff=0.3) or list(named)[:3]
+            raise ValueError(
+                f"Expected patterns of `parameters` to match names of parameters, got {pattern!r}, which matches none. "
+                f"Names near it: {', '.join(near)}."
+            )
+    return {name: p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in wanted)}

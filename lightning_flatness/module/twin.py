@@ -42,7 +42,7 @@ def twin_of(module: nn.Module, parameters: Sequence[Tensor], mode: Mode, seed: i
 
     Args:
         module: The module of the run.
-        parameters: Its trainable parameters.
+        parameters: Those of its parameters that are measured.
         mode: Which layers act as in training; see :mod:`lightning_flatness.module.modes`.
         seed: Seed of the random numbers of every forward pass.
 
@@ -75,7 +75,7 @@ class Twin:
 
     Args:
         module: The module of the run.
-        parameters: Its trainable parameters.
+        parameters: Those of its parameters that are measured.
         mode: See :func:`twin_of`.
         seed: Seed of the random numbers of every forward pass.
         mixes_precisions: Whether training casts the inputs of operators, so that weights may have different dtypes.
@@ -95,7 +95,7 @@ class Twin:
         self._device = parameters[0].device
         self._originals = list(parameters)
         self._mixes_precisions = mixes_precisions
-        self._shared = _too_large_to_copy(module)
+        self._shared = _too_large_to_copy(module, {id(p) for p in parameters})
         # Gathered weights are made for this measurement. They and the slices that they remember are not copied.
         gathered = [p for p in module.parameters() if sharded_form(p) is not p]
         self._kept = [*self._shared.values(), *gathered, *map(sharded_form, gathered)]
@@ -109,6 +109,7 @@ class Twin:
         layers = list(self.module.modules())
         self._flags = list(zip(layers, training_flags(layers, mode), strict=True))
         self._weights = copier.copies_of(nn.Parameter)  # frozen ones and those of modules in plain lists, too
+        self._requires_grad = {id(c): o.requires_grad for o, c in self._weights}
         self._shared |= copier.large
         self._kept += copier.large.values()
         self._watched = [(name, tensor, _state_of(tensor)) for name, tensor in self._shared.items()]
@@ -119,6 +120,13 @@ class Twin:
         self.moves_parameters = False
         self._finish_modules()
         _name_once(module, copier.shared)
+
+    def differentiate_measured(self) -> None:
+        """Let autograd follow those parameters of the copy that are measured, and no others."""
+        measured = set(map(id, self.parameters))
+        for p in self.module.parameters():
+            self._requires_grad[id(p)] = id(p) in measured
+            p.requires_grad_(id(p) in measured)
 
     @contextmanager
     def forward_pass(self, index: int) -> Iterator[None]:
@@ -137,9 +145,9 @@ class Twin:
             with LossFunctions(self._mixes_precisions):
                 yield
         finally:
-            for original, copied in self._weights:
-                if copied.requires_grad != original.requires_grad:  # a head that warms up; autograd looks at it later
-                    copied.requires_grad_(original.requires_grad)
+            for _, copied in self._weights:
+                if copied.requires_grad != self._requires_grad[id(copied)]:  # a head that warms up
+                    copied.requires_grad_(not copied.requires_grad)  # autograd looks at it later
         self._num_passes += 1
         self._notice_moves()
 
@@ -231,11 +239,11 @@ class Twin:
         self._versions = versions
 
 
-def _too_large_to_copy(module: nn.Module) -> dict[str, Tensor]:
+def _too_large_to_copy(module: nn.Module, measured: set[int]) -> dict[str, Tensor]:
     """Return frozen parameters that are not copied: large ones where most of the weights are frozen."""
     parameters = dict(module.named_parameters())
-    frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
-    trained_bytes = sum(p.nbytes for p in parameters.values() if p.requires_grad)
+    frozen = {name: p for name, p in parameters.items() if not p.requires_grad and id(p) not in measured}
+    trained_bytes = sum(p.nbytes for name, p in parameters.items() if name not in frozen)
     if sum(p.nbytes for p in frozen.values()) <= max(trained_bytes, MAX_COPIED_BYTES):
         return {}
     return {name: p for name, p in frozen.items() if p.nbytes > _MAX_COPIED_FROZEN_BYTES}
