@@ -170,21 +170,19 @@ def _second_by_vmap(
     holder = LossModule(loss.module, loss.loss_fn)
     names = [name for name, p in holder.named_parameters() if p.requires_grad]
     pieces = zip(loss.parameters, velocity, acceleration, strict=True)
-    curves = dict(zip(names, [(p.detach(), u.to(p.dtype), c.to(p.dtype)) for p, u, c in pieces], strict=True))
-    zero = torch.zeros((), dtype=loss.dtype, device=loss.device)
-    one = torch.ones_like(zero)
+    cast = [(p.detach(), u.to(p.dtype), c.to(p.dtype)) for p, u, c in pieces]
+    weights, velocities, accelerations = (dict(zip(names, column, strict=True)) for column in zip(*cast, strict=True))
 
     def second(batch: Callable[[], Any]) -> Tensor:
-        def along(t: Tensor) -> Tensor:
-            values = {name: p + t * u + t * t * c / 2 for name, (p, u, c) in curves.items()}
+        def loss_at(values: dict[str, Tensor]) -> Tensor:
             value: Tensor = torch.func.functional_call(holder, values, (batch(),))
             return value.reshape(())
 
-        def slope(t: Tensor) -> Tensor:
-            found: Tensor = torch.func.jvp(along, (t,), (one,))[1]
+        def slope(values: dict[str, Tensor], velocity: dict[str, Tensor]) -> Tensor:
+            found: Tensor = torch.func.jvp(loss_at, (values,), (velocity,))[1]
             return found
 
-        bend: Tensor = torch.func.jvp(slope, (zero,), (one,))[1]
+        bend: Tensor = torch.func.jvp(slope, (weights, velocities), (velocities, accelerations))[1]
         return bend
 
     return _by_vmap(loss, index, second)

@@ -87,7 +87,7 @@ def test_a_warm_start_with_the_gradient_finds_the_same_value():
         weights = weights - 0.5 * here.gradient() * (step + 1)
 
 
-def test_the_default_metrics_take_at_most_17_percent_of_an_epoch_of_50_000_samples(monkeypatch):
+def test_the_default_metrics_take_at_most_a_fifth_of_an_epoch_of_50_000_samples(monkeypatch):
     """Counted at the ends of epochs of the digits example, from the second on; their standard errors come on top."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     sys.modules.pop("digits", None)
@@ -111,7 +111,7 @@ def test_the_default_metrics_take_at_most_17_percent_of_an_epoch_of_50_000_sampl
             optimizer.step()
     assert all(metric.converged for metric in metrics.values())
     standard_errors = 2 * 1.5 * here.num_samples / 50_000  # of two eigenvalues, 1.5 gradients each at most
-    assert statistics.median(shares[1:]) <= 0.171 + standard_errors, shares
+    assert statistics.median(shares[1:]) <= 0.2 + standard_errors, shares
 
 
 def test_a_cold_run_starts_from_the_gradient_and_finds_what_a_random_start_finds(monkeypatch):
