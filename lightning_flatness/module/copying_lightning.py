@@ -99,7 +99,7 @@ def _subclass(mixin: Any, kind: Any) -> Any:
 
 
 class _CopiedOnUse:
-    """Mixed into the class of a Trainer: attributes are copied from the original when they are first looked at."""
+    """Mixed into the class of a Trainer or loop: attributes are copied from the original when first looked at."""
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
@@ -110,10 +110,10 @@ class _CopiedOnUse:
         return own[name]
 
 
-def _copy_trainer(copier: Copier, trainer: Any) -> Any:
-    made: Any = object.__new__(_subclass(_CopiedOnUse, trainer.__class__))
-    atoms = {name: value for name, value in vars(trainer).items() if isinstance(value, _ATOMS)}
-    made.__dict__.update(atoms, _twin_original=trainer, _twin_copier=copier)
+def _copy_on_use(copier: Copier, original: Any) -> Any:
+    made: Any = object.__new__(_subclass(_CopiedOnUse, original.__class__))
+    atoms = {name: value for name, value in vars(original).items() if isinstance(value, _ATOMS)}
+    made.__dict__.update(atoms, _twin_original=original, _twin_copier=copier)
     return made
 
 
@@ -131,6 +131,7 @@ MAKERS += [
     ("DummyLogger", lambda _, logger: logger),  # of ``Trainer(fast_dev_run=True)``
     ("Logger", lambda _, logger: silent(logger)),
     ("SummaryWriter", lambda _, writer: Silent(writer)),
-    ("Trainer", _copy_trainer),
+    ("Trainer", _copy_on_use),
+    ("_Loop", _copy_on_use),  # ``self.global_step`` asks one; the results that it holds are many objects
     ("_DataFetcher", lambda _, fetcher: fetcher),
 ]
