@@ -435,7 +435,7 @@ def test_losses_that_are_not_finite_or_not_scalar(tmp_path, change, message):
     assert_fit_fails(tmp_path, FlatnessMonitor(on_error="raise"), Bad(), ValueError, message)
 
 
-def test_no_trainable_parameters(tmp_path):
+def test_no_measured_parameters(tmp_path):
     class Frozen(Classifier):
         def configure_optimizers(self) -> Any:
             return None

@@ -349,7 +349,7 @@ def test_a_batch_without_tensors():
         LossLandscape(nn.Linear(3, 2), [{"text": "hello"}], lambda m, x: m(x).mean())
 
 
-def test_no_trainable_parameters():
+def test_no_measured_parameters():
     module = nn.Linear(3, 2).requires_grad_(False)
     with pytest.raises(ValueError, match=r"Expected trainable parameters, got Linear with none. Set requires_grad"):
         LossLandscape(module, [torch.ones(1, 3)], lambda m, x: m(x).mean())

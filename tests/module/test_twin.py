@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from lightning_flatness.module.kernels import _full_precision
-from lightning_flatness.module.loss import trainable_parameters
+from lightning_flatness.module.loss import measured_parameters
 from lightning_flatness.module.twin import Twin, twin_of
 
 X, Y = Plain(8)[:]
@@ -36,7 +36,7 @@ def losses(module: nn.Module, step: Callable[[Any], Tensor], mode: Any = "eval",
     """Return the loss of several forward passes of one twin, each with the same gradient, which is finite."""
     values: list[float] = []
     first: list[Any] = []
-    with twin_of(module, trainable_parameters(module), mode, 0) as twin:
+    with twin_of(module, measured_parameters(module), mode, 0) as twin:
         for _ in range(num):
             with twin.forward_pass(0):
                 loss = twin.rebound(step)(twin.module)
@@ -320,7 +320,7 @@ def test_displaced_parameters_come_back_from_where_they_were_displaced_to():
 
 
 def make_twin(module: nn.Module, mode: Any = "eval") -> Twin:
-    with twin_of(module, trainable_parameters(module), mode, 0) as twin:
+    with twin_of(module, measured_parameters(module), mode, 0) as twin:
         return twin
 
 
