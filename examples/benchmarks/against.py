@@ -64,15 +64,19 @@ def main() -> None:
     parser.add_argument("other", type=Path, metavar="OTHER_CHECKOUT", help="e.g. of `git worktree add`")
     parser.add_argument("--decoder", type=int, nargs=2, default=[768, 12], metavar=("WIDTH", "DEPTH"))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each checkout")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
-    print("| network | measurement here, processor s | there | ratio |\n|---|---:|---:|---:|")
+    lines = ["| network | measurement here, processor s | there | ratio |", "|---|---:|---:|---:|"]
     for name, decoder, repeats in [("digits", None, 5), (f"decoder {options.decoder}", options.decoder, 1)]:
         seconds: dict[Path, list[float]] = {HERE.parents[1]: [], options.other: []}
         for i in range(options.rounds):
             for checkout in (list(seconds), list(seconds)[::-1])[i % 2]:
                 seconds[checkout] += [processor for processor, _ in times(checkout, decoder, repeats)]
         here, there = (statistics.median(s) for s in seconds.values())
-        print(f"| {name} | {here:.3g} | {there:.3g} | {here / there:.3f} |", flush=True)
+        lines.append(f"| {name} | {here:.3g} | {there:.3g} | {here / there:.2f} |")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "against.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
