@@ -70,7 +70,7 @@ def measure_checkpoints(
         probe_batch_size: Samples per forward pass; see :class:`FlatnessMonitor`.
         split: Draw the samples from the ``"train"`` or the ``"val"`` loader.
         mode: How to run the module.
-        parameters: Measure the parameters whose names match one of these patterns (``"encoder.*,head.*"``) only.
+        parameters: The weights to measure, by name, frozen ones too: patterns such as ``"encoder.*,head.*"``.
         weights: ``"trained"``, ``"averaged"`` (of ``WeightAveraging``, ``StochasticWeightAveraging``,
             ``AveragedModel``), or ``"both"``; averaged ones have ``flatness_averaged/`` before their names.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from lightning_flatness.measuring.report import FlatnessReport
 from lightning_flatness.measuring.results import MeasuredCheckpoint
 from lightning_flatness.measuring.tracker import FlatnessTracker
 from lightning_flatness.metrics.measurement import Measurement
+from lightning_flatness.module.loss import measured_parameters
 from lightning_flatness.module.modes import uses_batch_statistics
 from lightning_flatness.module.rng import preserved_rng
 
@@ -105,10 +105,15 @@ class Session:
             with built.trainer.precision_plugin.train_step_context():
                 if folder not in self.probes:
                     self.probes[folder] = self._probe(built)
-                self._choose_parameters(built)
+                _check_parameters(built, self.parameters)
                 settings = self.tracker | {"loss_fn": imported(self.tracker["loss_fn"])}
                 tracker = FlatnessTracker(
-                    built.module, [], optimizer=built.optimizers, on_evaluation=on_evaluation, **settings
+                    built.module,
+                    [],
+                    optimizer=built.optimizers,
+                    parameters=self.parameters,
+                    on_evaluation=on_evaluation,
+                    **settings,
                 )
                 tracker.probe = self.probes[folder]  # drawn once, the same for all checkpoints of a run
                 return tracker.measure(step)
@@ -126,19 +131,12 @@ class Session:
         )
         return transferred(built.trainer, built.module, batches, seed)
 
-    def _choose_parameters(self, built: Built) -> None:
-        if self.parameters is None:
-            return
-        patterns = [pattern.strip() for pattern in self.parameters.split(",")]
-        names = [name for name, p in built.module.named_parameters() if p.requires_grad]
-        kept = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
-        if not kept:
-            raise CheckpointError(
-                f"Expected `parameters` to match trainable parameters, got {self.parameters!r}. They are: "
-                f"{', '.join(names)}."
-            )
-        for name, parameter in built.module.named_parameters():
-            parameter.requires_grad_(name in kept)
+
+def _check_parameters(built: Built, parameters: str | None) -> None:
+    try:
+        measured_parameters(built.module, parameters)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _to_json(report: FlatnessReport) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class FlatnessTracker:
         tol: Tolerance of the default metrics.
         log_key_prefix: Put before every name.
         engine: How Hessian-vector products are made; see :class:`LossLandscape`.
+        parameters: The weights to measure, by name; see :class:`LossLandscape`.
         seed: Seed of the choice of samples and of all random numbers of a measurement.
         on_evaluation: Called after every loss, gradient and product, e.g. to show progress.
 
@@ -92,6 +93,7 @@ class FlatnessTracker:
         tol: float = TOLERANCE,
         log_key_prefix: str = "flatness/",
         engine: EngineName = "auto",
+        parameters: str | Sequence[str] | None = None,
         seed: int = 0,
         on_evaluation: Callable[[], None] | None = None,
     ) -> None:
@@ -103,6 +105,7 @@ class FlatnessTracker:
         self.mode: Mode = mode
         self.log_key_prefix = log_key_prefix
         self.engine: EngineName = engine
+        self.parameters = parameters
         self.seed = seed
         self.on_evaluation = on_evaluation
         self.is_preset = not isinstance(metrics, dict)
@@ -127,6 +130,7 @@ class FlatnessTracker:
             engine=self.engine,
             seed=self.seed,
             optimizer=self.optimizers,
+            parameters=self.parameters,
         )
         landscape.on_evaluation = self.on_evaluation
         found = measure_metrics(self.metrics, landscape, self.optimizers, skips_undefined=self.is_preset)

@@ -201,6 +201,15 @@ def test_defaults_are_the_monitors(function):
         assert own[name].default == monitor[name].default, name
 
 
+def test_named_parameters_are_measured_whether_they_are_trained_or_not():
+    module = Classifier()
+    expected = measure(module, loader(), "lambda_max", parameters="net.0.*").values
+    module.net[0].requires_grad_(False)
+    assert measure(module, loader(), "lambda_max", parameters="net.0.*").values == expected
+    assert measure(module, loader(), "lambda_max").values != expected
+    assert not module.net[0].weight.requires_grad
+
+
 def test_a_lightning_module_under_fabric_is_measured():
     fabric = Fabric(accelerator="cpu")
     module = Classifier()
