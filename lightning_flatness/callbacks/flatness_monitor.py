@@ -36,7 +36,7 @@ from lightning_flatness.metrics.measurement import (
 )
 from lightning_flatness.metrics.named import chosen, preconditioned
 from lightning_flatness.metrics.presets import typical_gradients
-from lightning_flatness.module.loss import LossFunction
+from lightning_flatness.module.loss import LossFunction, measured_parameters
 from lightning_flatness.module.modes import Mode
 
 
@@ -49,7 +49,7 @@ class _Run(MonitoredRun):
 
 
 class FlatnessMonitor(LandscapeMonitor):
-    r"""Measures how sharp the minimum is that training moves to, and logs it, without changing the run.
+    r"""Measures how sharp the minimum is that training moves to, and logs it, without changing the run in any bit.
 
     Measures before training and at the end of training epochs, always on the same samples, and logs to every
     logger at the current ``global_step``, and to ``trainer.callback_metrics`` (for ``ModelCheckpoint`` and
@@ -58,9 +58,8 @@ class FlatnessMonitor(LandscapeMonitor):
     - ``flatness/lambda_max``: the largest eigenvalue of the Hessian of the loss; with ``top_k`` ``flatness/lambda_2`` …
     - ``flatness/invariant_sharpness``: the spectral norm of the Hessian per relative change of a layer
       (arXiv 1902.02434), which rescaling whole tensors does not change.
-    - ``flatness_errors/lambda_max_residual``, ``flatness_errors/invariant_sharpness_residual``: the numerical error of
-      each value, in its units: how far the solver is from the eigenvalue of these samples.
-    - ``flatness_errors/lambda_max_standard_error``, …: that for the whole training set, nearly always the larger.
+    - ``flatness_errors/lambda_max_residual``, …: the numerical error of each value: how far the solver is from the
+      eigenvalue of these samples. ``…_standard_error``: that for the whole training set, nearly always the larger.
     - ``flatness/stability_edge``: the lambda_max above which full-batch steps of the optimizer diverge, at the
       learning rates of the last one: ``2 / eta`` for plain gradient descent; see :func:`stability_edge`.
     - ``flatness/edge_of_stability``: lambda_max over that edge, ``eta · lambda_max / 2`` for plain gradient descent:
@@ -80,9 +79,6 @@ class FlatnessMonitor(LandscapeMonitor):
     metric, beside the hyperparameters that module and datamodule saved and, unless they have them, ``optimizer``,
     ``lr``, ``momentum``, ``weight_decay``, ``batch_size`` (samples per optimizer step) and ``sam_rho``. With
     ``TensorBoardLogger(default_hp_metric=False)`` all that the module logs is a column, too.
-
-    With the monitor, training gives the same weights, optimizer state, buffers, random numbers and logged values,
-    bit for bit, as without it.
 
     Args:
         metrics: What to measure, by name: ``{"sharpest": TopEigenvalues(k=3)}`` logs ``flatness/sharpest``,
@@ -107,9 +103,8 @@ class FlatnessMonitor(LandscapeMonitor):
             ``"train"``: as in training, with fixed dropout masks. Layers that you froze in eval mode stay frozen.
         tol: Relative Ritz residual at which the default metrics stop. The eigenvalue's own error is of the order of its
             square: by default 0.005 % in the median, above 2 % in one of 400 values and never above 5 % in 800
-            (``examples/benchmarks/tolerance.py``).
-            The error of 512 samples against the whole training set is 3 to 18 % in the median
-            (``examples/benchmarks/probe_size.py``).
+            (``examples/benchmarks/tolerance.py``). The error of 512 samples against the whole training set is 3 to 18 %
+            in the median (``examples/benchmarks/probe_size.py``).
         weights: ``"trained"``: those that the optimizer moves. ``"averaged"``: those that ``WeightAveraging`` or
             ``StochasticWeightAveraging`` averages, from the first average on, without an edge of stability.
             For both curves use two monitors, one of them with ``log_key_prefix="flatness_averaged/"``.
@@ -122,6 +117,8 @@ class FlatnessMonitor(LandscapeMonitor):
         budget: The largest share of the training's gradients (of samples) to spend over the run so far, 0.05 for 5 %.
             Before training and after the last epoch it always measures. For a resumed run to measure at the same steps,
             checkpoints hold a vector of the size of the weights per eigenvalue. See :meth:`plan`. Default: no bound.
+        parameters: The weights to measure, by name, frozen ones too: patterns such as ``"encoder.*,head.*"`` or a list
+            of them. Default: the trainable ones. There is no edge of stability of some of the weights.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -152,6 +149,7 @@ class FlatnessMonitor(LandscapeMonitor):
         on_error: OnError = "warn",
         seed: int = 0,
         budget: float | None = None,
+        parameters: str | Sequence[str] | None = None,
     ) -> None:
         metrics = "default" if metrics is None else metrics
         self.is_preset = metrics in get_args(Preset) if isinstance(metrics, str) else False
@@ -163,6 +161,7 @@ class FlatnessMonitor(LandscapeMonitor):
             raise ValueError(f"Expected `weights` to be 'trained' or 'averaged', got {weights!r}.")
         self.tol = tol
         self.weights: MeasuredWeights = weights
+        self.parameters = parameters
         super().__init__(
             every_n_epochs=every_n_epochs,
             every_n_steps=every_n_steps,
@@ -183,6 +182,10 @@ class FlatnessMonitor(LandscapeMonitor):
         return _Run(self.engine, metrics=dict(self._metrics))
 
     @property
+    def _has_edge(self) -> bool:
+        return self.weights == "trained" and self.parameters is None
+
+    @property
     def metrics(self) -> dict[str, FlatnessMetric]:
         """What is measured in the present run, by name."""
         return self.run.metrics
@@ -197,8 +200,10 @@ class FlatnessMonitor(LandscapeMonitor):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add what the edge of the optimizer's stability takes, and write hyperparameters before Lightning does."""
+        if self.parameters is not None:
+            measured_parameters(pl_module, self.parameters)  # a wrong name is an error before training
         with self.survived("The start", trainer):
-            if self.is_preset and self.weights == "trained":
+            if self.is_preset and self._has_edge:
                 for name, metric in preconditioned(trainer.optimizers, self.tol, self.seed).items():
                     self.metrics.setdefault(name, metric)
             self._log_hyperparameters(trainer)
@@ -220,7 +225,7 @@ class FlatnessMonitor(LandscapeMonitor):
     def _headlines(self, trainer: Trainer) -> list[str]:
         """Return the curves that sum up a run: one of each metric, and the edge of stability."""
         names = [metric.headline(name) for name, metric in self.metrics.items()]
-        if edge_of_stability(self.metrics, trainer.optimizers):
+        if self._has_edge and edge_of_stability(self.metrics, trainer.optimizers):
             names.append("edge_of_stability")
         return [self.log_key_prefix + name for name in names if name is not None]
 
@@ -245,12 +250,11 @@ class FlatnessMonitor(LandscapeMonitor):
         module = pl_module if self.weights == "trained" else averaged_module(trainer, pl_module)
         if module is None:
             return  # there is no average yet
-        optimizers = trainer.optimizers if self.weights == "trained" else []
-        landscape = self.landscape(trainer, module, optimizers)
+        landscape = self.landscape(trainer, module, trainer.optimizers if self.weights == "trained" else [])
         measured = measure_metrics(
             self.metrics,
             landscape,
-            optimizers,
+            trainer.optimizers if self._has_edge else [],
             self.run.learning_rates,
             batch_size_of_run(trainer),
             skips_undefined=self.is_preset,
@@ -259,8 +263,9 @@ class FlatnessMonitor(LandscapeMonitor):
         if measured.diverged is not None and "diverged" not in self.run.warned:
             self.run.warned.add("diverged")
             rank_zero_warn(f"FlatnessMonitor: NaN is logged from step {trainer.global_step} on. {measured.diverged}")
-        for name, remark in measured.remarks.items():
-            self._warn_once(name, remark)
+        for name in [name for name in measured.remarks if name not in self.run.warned]:
+            self.run.warned.add(name)
+            rank_zero_warn(f"FlatnessMonitor: '{self.log_key_prefix}{name}' {measured.remarks[name]}")
         if landscape.engine == "finite_difference":
             self.run.engine = "finite_difference"  # what "auto" came down to, so that it warns once
         seconds = time.perf_counter() - start
@@ -293,8 +298,3 @@ class FlatnessMonitor(LandscapeMonitor):
     def expected_gradients(self) -> float:
         """Return what a measurement typically takes."""
         return typical_gradients(self.metrics.values())
-
-    def _warn_once(self, name: str, message: str) -> None:
-        if name not in self.run.warned:
-            self.run.warned.add(name)
-            rank_zero_warn(f"FlatnessMonitor: '{self.log_key_prefix}{name}' {message}")

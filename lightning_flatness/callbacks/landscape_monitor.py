@@ -43,6 +43,8 @@ class LandscapeMonitor(CountedWork):
     measurements then start with the first validation.
     """
 
+    parameters: str | Sequence[str] | None = None
+
     def __init__(
         self,
         every_n_epochs: int | None,
@@ -214,6 +216,7 @@ class LandscapeMonitor(CountedWork):
             engine=self.run.engine,
             seed=self.seed,
             optimizer=trainer.optimizers if optimizers is None else optimizers,
+            parameters=self.parameters,
         )
         self.run.spent, self.run.num_samples = landscape.cost, landscape.num_samples
         landscape.on_evaluation = Progress(type(self).__name__, trainer, landscape)
