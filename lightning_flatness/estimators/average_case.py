@@ -7,13 +7,14 @@ import math
 import torch
 
 from lightning_flatness.estimators.arguments import check_arguments
-from lightning_flatness.estimators.nearby import check_radius, loss_at, weight_rounding
+from lightning_flatness.estimators.nearby import check_radius, weight_rounding
 from lightning_flatness.estimators.operators import gaussian
 from lightning_flatness.estimators.result import Estimate, mean_and_error, scalar_estimate
 from lightning_flatness.estimators.sampling import average_rise_standard_error
 from lightning_flatness.geometry import Geometry
 from lightning_flatness.landscape import LossLandscape
 from lightning_flatness.landscape.derived import with_normalized_logits
+from lightning_flatness.module.loss import check_finite_loss
 
 
 def average_case_sharpness(
@@ -39,13 +40,17 @@ def average_case_sharpness(
         check_radius(chart, rho, geometry)
         centre = float(landscape.loss())
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        rises = []
+        losses = []
         for _ in range(num_draws):
             noise = gaussian(chart.num_coordinates, generator, landscape.dtype, landscape.device)
             z = noise * (rho / math.sqrt(chart.num_coordinates))
-            rises.append(sum(loss_at(landscape, chart, side) for side in (z, -z)) / 2 - centre)
+            for side in (z, -z):
+                with landscape.displaced(chart.displacement(side)):
+                    losses.append(landscape.loss(allow_non_finite=True))
+        pairs = torch.stack(losses).double().cpu().view(-1, 2)
+        check_finite_loss(pairs.sum())
         sampling = average_rise_standard_error(landscape, chart, rho, seed)
-    mean, scatter = mean_and_error(torch.tensor(rises, dtype=torch.float64, device="cpu"))
+    mean, scatter = mean_and_error(pairs.mean(dim=1) - centre)
     rounding = max(torch.finfo(landscape.dtype).eps * abs(centre), weight_rounding(landscape))
     value, error = float(mean), math.hypot(float(scatter), rounding)
     standard_error = math.hypot(error, sampling)

@@ -1,18 +1,11 @@
-"""The loss at a point near the weights, for the worst and the average case."""
+"""What the worst and the average case near the weights share."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from lightning_flatness.geometry import Chart, Geometry
 from lightning_flatness.landscape import LossLandscape
-
-
-def loss_at(landscape: LossLandscape, chart: Chart, z: Tensor) -> float:
-    """Return ``L(w(z))``."""
-    with landscape.displaced(chart.displacement(z)):
-        return float(landscape.loss())
 
 
 def weight_rounding(landscape: LossLandscape) -> float:

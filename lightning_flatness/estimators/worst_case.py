@@ -199,14 +199,14 @@ class _Ball:
     def _project(self, z: Tensor) -> Tensor:
         if self.norm == "linf":
             return z.clamp(-self.rho, self.rho)
-        length = float(torch.linalg.vector_norm(z))
-        return z if length <= self.rho else z * (self.rho / length)
+        inside: Tensor = z * (self.rho / torch.linalg.vector_norm(z).clamp(min=self.rho))
+        return inside
 
-    def _multiplier(self, z: Tensor, g: Tensor) -> float:
+    def _multiplier(self, z: Tensor, g: Tensor) -> Tensor:
         """Return the factor mu >= 0 of ``z`` in ``g`` where the l2 ball holds the ascent back, else 0."""
-        if self.norm == "linf" or float(torch.linalg.vector_norm(z)) < (1 - 1e-6) * self.rho:
-            return 0.0
-        return max(0.0, float(torch.dot(g, z))) / self.rho**2
+        is_inside = torch.linalg.vector_norm(z) < (1 - 1e-6) * self.rho
+        mu = torch.dot(g, z).clamp(min=0) / self.rho**2
+        return torch.zeros_like(mu) if self.norm == "linf" else mu.masked_fill(is_inside, 0)
 
     def _lagrangian(self, z: Tensor, g: Tensor) -> Tensor:
         """Return the direction of ascent: the gradient without what leads straight out of the ball."""
@@ -230,4 +230,4 @@ class _Ball:
     def _gap(self, z: Tensor, g: Tensor) -> float:
         """Return ``max_(‖y‖ <= rho) <g, y - z>``."""
         dual = torch.linalg.vector_norm(g, ord=2 if self.norm == "l2" else 1)
-        return max(0.0, self.rho * float(dual) - float(torch.dot(g, z)))
+        return max(0.0, float(self.rho * dual - torch.dot(g, z)))

@@ -17,7 +17,7 @@ from lightning_flatness.landscape.point import Point
 from lightning_flatness.landscape.ranks import sum_over_ranks
 from lightning_flatness.landscape.samples import Samples
 from lightning_flatness.module.kernels import DifferentiableWeightNorm
-from lightning_flatness.module.loss import LossFunction, check_loss, loss_in
+from lightning_flatness.module.loss import LossFunction, check_finite_loss, check_loss, loss_in
 from lightning_flatness.module.twin import Twin
 
 _LOW_PRECISION = 2
@@ -135,19 +135,21 @@ class BatchedLoss:
         self.cost.gradient_evaluations += 1 / 3
         with self.summed(1) as total:
             for index in self.indices:
-                self.add([total[0]], index, [self._batch_value(index, allow_non_finite)])
+                self.add([total[0]], index, [self._batch_value(index)])
+        if not allow_non_finite:
+            check_finite_loss(total[0])
         return total[0]
 
-    def _batch_value(self, index: int, allow_non_finite: bool) -> Tensor:
+    def _batch_value(self, index: int) -> Tensor:
         if not self.operators.differentiates:
             try:
                 with torch.no_grad():
-                    return self.batch_loss(index, allow_non_finite=allow_non_finite)
+                    return self.batch_loss(index, allow_non_finite=True)
             except RuntimeError as error:
                 if "does not require grad" not in str(error):
                     raise
             self.operators.differentiates = True  # the loss takes a gradient itself, for a penalty on it, say
-        return self.batch_loss(index, allow_non_finite=allow_non_finite).detach()
+        return self.batch_loss(index, allow_non_finite=True).detach()
 
     def gradient(self, prepare: Callable[[BatchedLoss], None] | None = None) -> Tensor:
         """Return the gradient, for the price of those batches whose gradients no product has left behind.
@@ -173,8 +175,9 @@ class BatchedLoss:
         with self.summed(1 + self.num_parameters) as total:
             views = [total[0], *self.unflatten(total[1:])]
             for index in self.indices:
-                loss = self.batch_loss(index)
+                loss = self.batch_loss(index, allow_non_finite=True)
                 self.add(views, index, [loss, *self.batch_gradient(loss)])
+        check_finite_loss(total[0])
         return total[0], total[1:]
 
     @property

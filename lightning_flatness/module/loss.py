@@ -73,12 +73,22 @@ def check_loss(loss: Any, allow_non_finite: bool = False) -> Tensor:
             f"Expected the loss to be a scalar, got a tensor of shape {tuple(loss.shape)}. Take the mean over the "
             "samples of the batch."
         )
-    if not allow_non_finite and not torch.isfinite(loss):
+    if not allow_non_finite:
+        check_finite_loss(loss)
+    return loss.reshape(())
+
+
+def check_finite_loss(loss: Tensor) -> None:
+    """Raise an error if a loss is infinite or not a number; waits for the device.
+
+    Raises:
+        NonFiniteLossError: If it is.
+    """
+    if not torch.isfinite(loss):
         raise NonFiniteLossError(
             f"Expected a finite loss, got {loss.item()}. The flatness of a diverged run is not defined: check the "
             "weights and the samples of the probe."
         )
-    return loss.reshape(())
 
 
 def graph_nodes(outputs: Iterable[Tensor]) -> set[Any]:

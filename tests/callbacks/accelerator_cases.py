@@ -23,12 +23,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_flatness
 from lightning_flatness import (
+    AverageCaseSharpness,
     FlatnessMonitor,
     LossLandscape,
     LossSurfaceMonitor,
     SharpnessAwareMinimization,
     TopEigenvalues,
+    WorstCaseSharpness,
 )
+from lightning_flatness.metrics import FlatnessMetric
 
 DEVICE = os.environ["FLATNESS_DEVICE"]
 PACKAGE = os.path.dirname(lightning_flatness.__file__)
@@ -231,6 +234,26 @@ def test_one_synchronisation_for_a_lanczos_product():
         return log.blocking
 
     assert run(14) - run(6) == 8
+
+
+def waits(metric: FlatnessMetric) -> int:
+    """Return how often the host waits for a number of the device in a measurement; copies to the device aside."""
+    landscape = make_landscape(device=DEVICE)
+    with pretend_device.record(PACKAGE) as log:
+        metric.update(landscape)
+    return sum(count for count, kind, _ in log.table() if kind != "h2d")
+
+
+@pretended
+def test_draws_of_the_average_case_do_not_wait_for_the_device():
+    assert waits(AverageCaseSharpness(num_draws=20)) == waits(AverageCaseSharpness(num_draws=10))
+
+
+@pretended
+def test_the_worst_case_waits_eight_times_for_a_gradient_at_most():
+    few, many = WorstCaseSharpness(num_steps=4, num_restarts=1), WorstCaseSharpness(num_steps=16, num_restarts=4)
+    more = waits(many) - waits(few)
+    assert more <= 8 * (float(many.gradient_evaluations) - float(few.gradient_evaluations)), more
 
 
 @pretended
