@@ -168,4 +168,6 @@ class CountedWork(Callback):
     @property
     def state_key(self) -> str:
         """Tells several of these in one Trainer apart."""
-        return self._generate_state_key(key=self.log_key_prefix, split=self.split)
+        key = self._generate_state_key(key=self.log_key_prefix, split=self.split)
+        # Without a budget nothing is saved. Lightning refuses equal keys, and only `setup` says what to do.
+        return key if self.budget is not None else f"{key}{id(self)}"

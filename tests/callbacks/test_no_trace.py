@@ -15,7 +15,7 @@ from helpers.training import Recorder
 from lightning.pytorch.callbacks import LearningRateMonitor, StochasticWeightAveraging
 from torch import Tensor, nn
 
-from lightning_flatness import FlatnessMonitor, LossLandscape, TopEigenvalues
+from lightning_flatness import FlatnessMonitor, LossLandscape, LossSurfaceMonitor, TopEigenvalues
 
 
 class ExponentialMovingAverage(pl.Callback):
@@ -104,6 +104,15 @@ def test_three_epochs_with_and_without_the_monitor_are_bit_identical(tmp_path, n
 def test_val_split_and_every_geometry_leave_no_trace(tmp_path):
     metrics = {g: TopEigenvalues(k=2, geometry=g, which="LM") for g in ("euclidean", "layer", "filter", "element")}
     watched = left_behind(tmp_path, [FlatnessMonitor(metrics, split="val", probe_size=12)])
+    assert_identical(watched, left_behind(tmp_path, []))
+
+
+@pytest.mark.filterwarnings("ignore:LossSurfaceMonitor. no logger")
+def test_budgets_leave_no_trace(tmp_path):
+    monitor = FlatnessMonitor(budget=1.0, every_n_steps=1, probe_size=2, metrics={"lambda_max": TopEigenvalues()})
+    pictures = LossSurfaceMonitor(budget=0.5, num_points=3, probe_size=8)
+    watched = left_behind(tmp_path, [monitor, pictures])
+    assert 2 < len(monitor.run.history) < watched["global_step"]
     assert_identical(watched, left_behind(tmp_path, []))
 
 

@@ -65,6 +65,13 @@ def test_two_monitors_with_the_same_names(tmp_path, make):
         fit(tmp_path, make(), make(**other), data=loaders())
 
 
+def test_twice_the_same_monitor(tmp_path):
+    with pytest.raises(
+        MisconfigurationException, match="Expected one FlatnessMonitor for each `log_key_prefix`, got 2"
+    ):
+        fit(tmp_path, FlatnessMonitor(), FlatnessMonitor())
+
+
 @pytest.mark.parametrize("make", [FlatnessMonitor, LossSurfaceMonitor])
 def test_validate_and_test_say_once_that_nothing_is_measured(tmp_path, make, caplog):
     class Tested(Classifier):
