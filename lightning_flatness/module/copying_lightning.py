@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_flatness.module.copying import MAKERS, Copier
@@ -106,8 +109,19 @@ class _CopiedOnUse:
         original = vars(own["_twin_original"]) if "_twin_original" in own else {}
         if name not in original:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        own["_twin_copier"].attributes({name: original[name]}, own)
+        _outside_transforms(lambda: own["_twin_copier"].attributes({name: original[name]}, own))
         return own[name]
+
+
+def _outside_transforms(copy: Callable[[], None]) -> None:
+    """Copy where ``torch.func`` does not wrap new tensors (they have no storage then): its levels belong to a thread."""
+    try:
+        torch.empty(0, device="cpu").data_ptr()
+    except RuntimeError:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(copy).result()
+    else:
+        copy()
 
 
 def _copy_on_use(copier: Copier, original: Any) -> Any:

@@ -32,7 +32,7 @@ add("gradient_accumulation_scheduler", lambda: GradientAccumulationScheduler({0:
 add("model_checkpoint", lambda: ModelCheckpoint(monitor="val_loss", every_n_epochs=1), slot="needs_validation",
     trainer={"enable_checkpointing": True}, effects=False)  # fmt: skip
 add("pruning", lambda: ModelPruning("l1_unstructured", amount=0.3, use_lottery_ticket_hypothesis=False),
-    slot=("copies", "resume"), reference=False, effects=False)  # fmt: skip
+    slot=("copies", "resume", "pruned"), reference=False, effects=False)  # fmt: skip
 add("lambda_callback", lambda: LambdaCallback(on_train_batch_end=lambda *args: None))
 
 

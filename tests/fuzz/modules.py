@@ -186,18 +186,19 @@ middle("random_relu", nn.RReLU, effects=False)  # draws as many numbers as are n
 middle("gelu", nn.GELU)
 middle("prelu", nn.PReLU)
 middle("residual", Residual)
-middle("attention", Attention)
-middle("transformer_layer", lambda: nn.TransformerEncoderLayer(NUM_HIDDEN, 2, 8, batch_first=True))
+middle("attention", Attention, slot="pruned")  # whose pruned weights keep the graph of the first pass, without us too
+middle("transformer_layer", lambda: nn.TransformerEncoderLayer(NUM_HIDDEN, 2, 8, batch_first=True), slot="pruned")
 middle("weight_norm", lambda: nn.utils.parametrizations.weight_norm(nn.Linear(NUM_HIDDEN, NUM_HIDDEN)))
 middle("weight_norm_of_the_old_kind", _old_weight_norm, reference=False)
 middle("spectral_norm", lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(NUM_HIDDEN, NUM_HIDDEN)))
 middle("spectral_norm_of_the_old_kind", lambda: nn.utils.spectral_norm(nn.Linear(NUM_HIDDEN, NUM_HIDDEN)),
        reference=False)  # fmt: skip
 middle("orthogonal", lambda: nn.utils.parametrizations.orthogonal(nn.Linear(NUM_HIDDEN, NUM_HIDDEN)))
-middle("scripted_layer", _scripted, slot="script", reference=False)
-middle("traced_layer", _traced, slot="script", reference=False)
-middle("scripted_attributes", _scripted_attributes, slot="script", reference=False)
-middle("scripted_batch_norm", _scripted_norm, slot="script", reference=False)
+_SCRIPT = ("script", "precision")  # TorchScript casts otherwise once it has run a few times: no two runs are alike
+middle("scripted_layer", _scripted, slot=_SCRIPT, reference=False)
+middle("traced_layer", _traced, slot=_SCRIPT, reference=False)
+middle("scripted_attributes", _scripted_attributes, slot=_SCRIPT, reference=False)
+middle("scripted_batch_norm", _scripted_norm, slot=_SCRIPT, reference=False)
 encoder("convolution", Convolutional)
 encoder("lstm", lambda: Recurrent(nn.LSTM), slot=("encoder", "precision"))
 encoder("gru", lambda: Recurrent(nn.GRU), slot=("encoder", "precision"))

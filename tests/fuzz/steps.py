@@ -364,6 +364,11 @@ class DatasetThroughTheTrainer(Base):
         return super().training_step(batch, batch_idx)
 
 
+@feature(kinds=("monitor",), monitor={"metrics": "all"})
+class DatasetThroughTheTrainerAll(DatasetThroughTheTrainer):
+    """The same inside the transforms of ``torch.func``, which gradients of single samples take."""
+
+
 @feature()
 class DatasetOnTheModule(Base):
     def on_train_start(self) -> None:

@@ -15,7 +15,8 @@ OTHER_RUNS = {
     ),
     "the Trainer and what it holds": (
         "own_scheduler groups_changed_by_the_step should_stop trainer_attribute other_callback_from_the_step "
-        "dataset_on_the_module dataset_through_the_trainer forward_hooks_of_a_callback hooks_with_numbers"
+        "dataset_on_the_module dataset_through_the_trainer dataset_through_the_trainer_all "
+        "forward_hooks_of_a_callback hooks_with_numbers"
     ),
     "the data pipeline": (
         "dataset_numpy_generator dataset_python_random dataset_torch_generator dataset_random_state dataset_transform "
