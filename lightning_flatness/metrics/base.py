@@ -10,7 +10,6 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -136,13 +135,12 @@ class FlatnessMetric(Metric):
                 f"Expected a LossLandscape, got {type(landscape).__name__}. "
                 "Pass LossLandscape(module, batches, loss_fn)."
             )
-        before = replace(landscape.cost)
+        spent = landscape.cost.gradient_evaluations
         with landscape.measurement():
             result = self.estimate(landscape)
         self.store(result, landscape.dtype)
-        spent = landscape.cost.gradient_evaluations - before.gradient_evaluations
+        spent = landscape.cost.gradient_evaluations - spent
         self.gradient_evaluations = torch.tensor(spent, dtype=torch.float32, device=self.device)
-        self.num_products = torch.tensor(landscape.cost.num_products - before.num_products, device=self.device)
 
     def estimate(self, landscape: LossLandscape) -> Any:
         """Return the result of the estimator with the settings of this metric."""
@@ -161,6 +159,7 @@ class FlatnessMetric(Metric):
         unknown = torch.full_like(self.value, math.nan)
         self.standard_error = unknown if known is None else known.to(dtype).to(self.device)
         self.converged = torch.tensor(result.converged, device=self.device)
+        self.num_products = torch.tensor(result.num_products, device=self.device)
 
     def compute(self) -> Tensor:
         """Return the value of the latest measurement."""
