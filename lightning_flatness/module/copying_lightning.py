@@ -114,7 +114,7 @@ class _CopiedOnUse:
 
 
 def _outside_transforms(copy: Callable[[], None]) -> None:
-    """Copy where ``torch.func`` does not wrap new tensors (they have no storage then): its levels belong to a thread."""
+    """Copy where ``torch.func`` does not wrap new tensors, which then have no storage: its levels are of a thread."""
     try:
         torch.empty(0, device="cpu").data_ptr()
     except RuntimeError:

@@ -35,7 +35,11 @@ def test_script_leaves_table_pictures_and_logs(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.startswith("Loading PyTorch and Lightning ...")
     stem = tmp_path / "sam_vs_sgd_digits"
-    assert "| SGD, same train loss |" in stem.with_suffix(".md").read_text()
+    table = [line.strip("| ").split(" | ") for line in stem.with_suffix(".md").read_text().splitlines()]
+    rows = {row[0]: row for row in table}
+    assert "SGD, same train loss" in rows
+    gradients = {name: int(rows[name][-1]) for name in ("SAM", "SGD, same steps", "SGD, same gradients")}
+    assert gradients == {"SAM": 176, "SGD, same steps": 88, "SGD, same gradients": 176}  # of two epochs of 44 steps
     assert min(Path(f"{stem}{end}.png").stat().st_size for end in ("", "_curves")) > 10_000
     assert {path.parent.name for path in tmp_path.rglob("seed0")} == {"sgd", "sam"}
     tools = Path(sys.executable).parent
