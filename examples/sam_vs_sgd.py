@@ -51,26 +51,24 @@ Curves = dict[str, list[float]]
 
 
 class Record(pl.Callback):
-    """Counts gradients where they are made, logs the training loss of the weights, and keeps the weights of all epochs.
+    """Counts gradients, logs the training loss of the weights, and keeps the weights of all epochs.
 
     Args:
         title: What is trained, for lines of progress.
         data: What it is trained on.
+        sam: The callback that makes a step take two gradients, or none.
         progress: Where to say how far training is.
     """
 
-    def __init__(self, title: str, data: DigitsDataModule, progress: Progress) -> None:
-        self.title, self.data, self.progress = title, data, progress
+    def __init__(
+        self, title: str, data: DigitsDataModule, sam: list[SharpnessAwareMinimization], progress: Progress
+    ) -> None:
+        self.title, self.data, self.sam, self.progress = title, data, sam, progress
         self.num_gradients = 0
         self.weights: list[dict[str, Tensor]] = []
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, ConvNet)
-        *_, last_bias = pl_module.parameters()
-        self.hook = last_bias.register_hook(self.count)
-
-    def count(self, gradient: Tensor) -> None:
-        self.num_gradients += 1
+    def on_train_batch_end(self, *args: object) -> None:
+        self.num_gradients += 1 + sum(sam.has_perturbed for sam in self.sam)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.progress.text = f"{self.title}, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
@@ -82,9 +80,6 @@ class Record(pl.Callback):
         pl_module.log("gradient_evaluations", float(self.num_gradients))
         self.weights.append(copy.deepcopy(pl_module.state_dict()))
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.hook.remove()
-
 
 @dataclass
 class Run:
@@ -95,14 +90,19 @@ class Run:
 
 
 def train(
-    name: str, sam: list[pl.Callback], seed: int, num_epochs: int, progress: Progress, args: argparse.Namespace
+    name: str,
+    sam: list[SharpnessAwareMinimization],
+    seed: int,
+    num_epochs: int,
+    progress: Progress,
+    args: argparse.Namespace,
 ) -> Run:
     """Train from the weights and on the batches that belong to ``seed``."""
     pl.seed_everything(seed, verbose=False)
     logger = TensorBoardLogger(args.out, name=name, version=f"seed{seed}")
     shutil.rmtree(logger.log_dir, ignore_errors=True)  # of an earlier run: its curves would be mixed into these
     data = DATA[args.data](args.batch_size)
-    record = Record(f"{name.upper()}, seed {seed}", data, progress)
+    record = Record(f"{name.upper()}, seed {seed}", data, sam, progress)
     trainer = pl.Trainer(
         max_epochs=num_epochs,
         accelerator="cpu",
