@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from helpers.interruptions import Interrupter
@@ -59,11 +57,11 @@ def fit(interrupter):
             states.append(state_of(pl_module, trainer))
 
         def on_train_end(self, trainer, pl_module):
-            sys.settrace(None)
+            interrupter.stop()
             states.append(state_of(pl_module, trainer))
 
         def on_exception(self, trainer, pl_module, exception):
-            sys.settrace(None)
+            interrupter.stop()
             states.append(state_of(pl_module, trainer))
             states.append("training_step" in vars(pl_module))
 
@@ -77,7 +75,7 @@ def fit(interrupter):
         except (SystemExit, MemoryError):
             assert interrupter.raised
         finally:
-            sys.settrace(None)
+            interrupter.stop()
     return states
 
 

@@ -26,19 +26,28 @@ class Interrupter:
         self.lines: dict[tuple[str, int], None] = {}
         self.raised = False
         self._at, self._error = at, error
+        self._before: Any = None
+        self._is_active = False
 
     def run(self, function: Callable[[], Any]) -> Any:
         """Call a function; the exception passes through."""
-        previous = sys.gettrace()
         self.start()
         try:
             return function()
         finally:
-            sys.settrace(previous)
+            self.stop()
 
     def start(self) -> None:
-        """Interrupt from the next call of a function on, until ``sys.settrace(None)``."""
+        """Interrupt from the next call of a function on, until :meth:`stop`."""
+        self._before = sys.gettrace()
+        self._is_active = True
         sys.settrace(self._enter)
+
+    def stop(self) -> None:
+        """Let whoever traced before, such as a measurement of coverage, go on."""
+        if self._is_active:
+            self._is_active = False
+            sys.settrace(self._before)
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         return None if self.raised or not frame.f_code.co_filename.startswith(_PACKAGE) else self._line
