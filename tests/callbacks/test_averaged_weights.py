@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from helpers.modules import Classifier, loader
 from helpers.training import fit, state_of
 from lightning.pytorch.callbacks import StochasticWeightAveraging
@@ -31,12 +32,13 @@ def curve(run: Any, key: str) -> dict[int, float]:
 
 @pytest.mark.parametrize("kind", ["ema", "swa"])
 def test_both_curves_under_two_prefixes(tmp_path, kind):
+    torch.manual_seed(0)
     monitors = [FlatnessMonitor(tol=1e-4), FlatnessMonitor(**AVERAGED)]
     run = fit(tmp_path, averaging(kind), *monitors, max_epochs=4)
     trained, averaged = (curve(run, f"{prefix}/lambda_max") for prefix in ("flatness", "flatness_averaged"))
     assert list(trained) == [0, 5, 10, 15, 20]
     assert list(averaged) == (list(trained) if kind == "ema" else [10, 15, 20])
-    assert abs(averaged[20] / trained[20] - 1) > 1e-3
+    assert abs(averaged[20] / trained[20] - 1) > 1e-5  # a residual of 1e-4 is an error of 1e-8
     assert "flatness_averaged/edge_of_stability" not in run.callback_metrics
     # When training ends the module gets the average.
     final = measure(run.lightning_module, loader(), tol=1e-4).values["lambda_max"]
