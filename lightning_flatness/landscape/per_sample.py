@@ -34,7 +34,7 @@ def sum_over_samples(landscape: LossLandscape, add: Callable[[Tensor, Tensor], N
 def _gradients_of_samples(loss: BatchedLoss) -> Iterator[Tensor]:
     """Yield the gradients of this rank's samples, shape (any, num_parameters)."""
     chunk = max(1, _CHUNK_BYTES // (loss.num_parameters * loss.dtype.itemsize))
-    vmap_works = True
+    vmap_works = not loss.measured.has_hidden_weights  # written to inside a transform they crash torch
     for index in loss.indices:
         size = loss.samples.sizes[index]
         for start in range(0, size, chunk):

@@ -203,6 +203,8 @@ def _by_vmap(loss: BatchedLoss, index: int, function: Callable[[Callable[[], Any
         return function(one)
 
     in_dims = tuple(0 if sliced else None for sliced in is_sliced)
+    if loss.measured.has_hidden_weights:  # written to inside a transform they crash torch
+        return torch.full((size,), math.nan, device="cpu")
     try:
         with torch.no_grad(), loss.measured.forward_pass(index), _no_warnings():
             values: Tensor = torch.func.vmap(of_sample, in_dims=in_dims, randomness="same")(*tensors_in(batch))

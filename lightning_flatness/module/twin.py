@@ -84,6 +84,7 @@ class Twin:
         module: The copy.
         parameters: Its parameters in the order of the given ones.
         modules: The modules of the run, each with its copy.
+        has_hidden_weights: Whether it holds parameters that are not registered, such as those of a teacher in a list.
         moves_parameters: Whether a forward pass was seen to write to them. Graphs of two passes then exclude each
             other.
     """
@@ -110,6 +111,8 @@ class Twin:
         self._flags = list(zip(layers, training_flags(layers, mode), strict=True))
         self._weights = copier.copies_of(nn.Parameter)  # frozen ones and those of modules in plain lists, too
         self._requires_grad = {id(c): o.requires_grad for o, c in self._weights}
+        registered = set(map(id, self.module.parameters()))
+        self.has_hidden_weights = any(id(c) not in registered for _, c in self._weights)
         self._shared |= copier.large
         self._kept += copier.large.values()
         self._watched = [(name, tensor, _state_of(tensor)) for name, tensor in self._shared.items()]

@@ -137,6 +137,11 @@ class TeacherInAList(Base):
         return loss
 
 
+@feature(kinds=("monitor",), monitor={"metrics": "all"})
+class TeacherInAListAll(TeacherInAList):
+    """Written to inside the transforms of ``torch.func``, its weights crashed the process."""
+
+
 @feature()
 class AveragedModel(Base):
     def __init__(self) -> None:

@@ -28,7 +28,8 @@ OTHER_RUNS = {
     "state of the module": (
         "checkpoint_around_batch_norm_in_train_mode tensor_hook_in_forward numpy_random_state simple_namespace "
         "slots_object deque_subclass queue_attribute array_attribute list_iterator auxiliary_loader sparse_tensor "
-        "tensor_through_data tensor_through_numpy modules_in_a_list teacher_in_a_list shared_submodule_rebuilt"
+        "tensor_through_data tensor_through_numpy modules_in_a_list teacher_in_a_list teacher_in_a_list_all "
+        "shared_submodule_rebuilt"
     ),
 }
 KILLED = (
