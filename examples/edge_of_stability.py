@@ -178,13 +178,14 @@ def draw(results: dict[str, Curves], path: Path) -> None:
         top.plot(*zip(*curves[run.sharpness], strict=True), lw=1.4, color=colour)
         if run.batch_size:  # the others are measured on all samples there are
             draw_errors(top, curves, run.sharpness, colour)
+            top.plot([], [], color=colour, label="batch_sharpness ± standard error")
             largest = zip(*curves["flatness/lambda_max"], strict=True)
             top.plot(*largest, lw=1, color=COLOURS["reference"], label="lambda_max")
-            top.legend(loc="center right", frameon=False)
+            top.legend(loc="lower right", frameon=False)
         top.plot(*zip(*curves[run.edge], strict=True), "--", lw=1.2, color=COLOURS["reference"])
         top.set(title=run.title, ylabel=run.sharpness.split("/")[1], ylim=(0, None))
-        top.annotate(f"edge of stability: {curves[run.edge][-1][1]:.4g}", (0.99, 0.03),
-                     xycoords="axes fraction", ha="right", color=COLOURS["reference"])  # fmt: skip
+        top.annotate(f"edge of stability: {curves[run.edge][-1][1]:.4g}", (0.99, 0.99),
+                     xycoords="axes fraction", ha="right", va="top", color=COLOURS["reference"])  # fmt: skip
         bottom.plot(*zip(*curves["train_loss"], strict=True), lw=1.4, color=colour)
         bottom.set(xlabel="step", ylabel="training loss", yscale="log")
         bottom.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
