@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
-import torch
+from fashion_mnist import FOLDER, content, read_idx
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 def images(num_samples: int, folder: Path = FOLDER) -> tuple[Tensor, Tensor]:
     """Return the first training images, shape (num_samples, 1, 14, 14), standardised, and their classes."""
-    with gzip.open(folder / "train-images-idx3-ubyte.gz") as file:
-        pixels = torch.frombuffer(bytearray(file.read(16 + num_samples * 784)), dtype=torch.uint8, offset=16)
-    with gzip.open(folder / "train-labels-idx1-ubyte.gz") as file:
-        labels = torch.frombuffer(bytearray(file.read(8 + num_samples)), dtype=torch.uint8, offset=8)
-    x = F.avg_pool2d(pixels.view(-1, 1, 28, 28).float() / 255, 2)
-    return (x - x.mean()) / x.std(), labels.long()
+    pixels, labels = (read_idx(content(folder, f"train-{name}-ubyte")) for name in ("images-idx3", "labels-idx1"))
+    x = F.avg_pool2d(pixels[:num_samples, None].float() / 255, 2)
+    return (x - x.mean()) / x.std(), labels[:num_samples].long()
 
 
 class Lstm(nn.Module):
