@@ -138,7 +138,7 @@ def gradients_of_epoch(trainer: Trainer, num_total: int | None) -> float | None:
     share = _num_replicas(trainer) / trainer.world_size / trainer.accumulate_grad_batches
     num_samples = min(trainer.num_training_batches * step * share, num_total or math.inf)
     sams = [c for c in callbacks(trainer) if isinstance(c, SharpnessAwareMinimization) and c.rho > 0]
-    return num_samples * (1 + sum(1 / sam.interval for sam in sams))
+    return num_samples * (1 + sum(1 / sam.interval for sam in sams if sam.ascent == "gradient"))
 
 
 def is_last_epoch(trainer: Trainer) -> bool:

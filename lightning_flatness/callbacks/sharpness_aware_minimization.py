@@ -5,21 +5,23 @@ all hooks, twice. So nothing is done to the optimizer. The Trainer runs ``traini
 right after its backward the callback runs the same microbatch once more at the perturbed weights, in isolation, and
 leaves that gradient in ``.grad``. Whatever comes later (unscaling, clipping, the optimizer's step, schedulers,
 checkpoints) sees one ordinary gradient and counts one ordinary step.
+
+Without a second pass (``ascent``) weights are moved right before the Trainer's forward pass, and put back right after
+its backward pass.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.optim import LBFGS
+from torch.optim import Optimizer
 
+from lightning_flatness.callbacks.epoch_means import EpochMeans
+from lightning_flatness.callbacks.perturbed_step import PerturbedStep
 from lightning_flatness.callbacks.recorded_step import (
     RecordedStep,
     accumulates,
@@ -27,14 +29,19 @@ from lightning_flatness.callbacks.recorded_step import (
     is_synchronizing,
     without_sync,
 )
-from lightning_flatness.callbacks.strategies import why_unsupported
+from lightning_flatness.callbacks.sam_refusals import check_module, check_optimizer, check_weights
 from lightning_flatness.geometry import FirstBatch, Geometry
 from lightning_flatness.module.batches import infer_batch_size
 from lightning_flatness.module.loss import training_step_of
-from lightning_flatness.module.sharding import has_sharded_weights, is_tensor_parallel
-from lightning_flatness.sam import SAM, check_rho, linear_geometry, optimized_parameters, perturbed
-
-_MOST_PENDING = 256
+from lightning_flatness.sam import (
+    Ascent,
+    PreviousGradient,
+    check_ascent,
+    check_rho,
+    linear_geometry,
+    optimized_parameters,
+    perturbed,
+)
 
 
 class SharpnessAwareMinimization(Callback):
@@ -49,13 +56,26 @@ class SharpnessAwareMinimization(Callback):
 
     Logged at the end of every epoch with at least one sharpness-aware step, also for ``trainer.callback_metrics``:
 
-    - ``sam/loss_rise``: mean of ``L(w + perturbation) - L(w)`` over the microbatches, the sharpness that SAM sees;
+    - ``sam/loss_rise``: mean of ``L(w + perturbation) - L(w)`` over the microbatches, the sharpness that SAM sees (not
+      with one gradient per step);
     - ``sam/perturbation_norm``: mean Euclidean length of the perturbation (``rho`` in geometry ``"euclidean"``).
 
     ``rho=0.0`` gives the same run, bit for bit, as leaving the callback out.
 
+    Two other values of ``ascent`` take one gradient per step, at weights moved before it is known, by the same for all
+    microbatches and ranks; a step before which there is none is ordinary:
+
+    - ``"momentum"`` (MSAM, arXiv 2401.12033, algorithm 1): ``w - rho S² v / ‖S v‖``, ``v`` the ``momentum_buffer``
+      (``v <- mu v + g``) or ``exp_avg`` of the optimizer; minus as in the paper: ahead along the step, as Nesterov's.
+    - ``"previous"``: ``w + rho S² g' / ‖S g'‖``, ``g'`` the gradient of the step before, kept in the optimizer's state.
+
+    BatchNorm statistics, metrics and the logged loss are then those at the moved weights. ``on_before_zero_grad`` and
+    ``on_before_backward`` see these, too; validation and checkpoints do not. Writes of ``training_step`` to them are
+    undone, with a warning.
+
     Costs ``1 + 1/interval`` gradients per step, and during the second pass one extra copy of the weights. The peak
-    between the passes is two copies, with gradient accumulation or geometry ``"element"``.
+    between the passes is two copies, with gradient accumulation or geometry ``"element"``. One gradient and one copy
+    with ``ascent="momentum"``, one copy more with ``"previous"``.
 
     Args:
         rho: Length of the ascent step in the coordinates of the geometry, >= 0. Usual values: 0.05 for
@@ -68,7 +88,8 @@ class SharpnessAwareMinimization(Callback):
         start_epoch: First epoch with sharpness-aware steps, counted from 0.
         sync_perturbation: With several ranks, perturb with the mean gradient of all ranks, as one process with the
             whole batch would. False: each rank perturbs with the gradient of its own samples (m-sharpness), which
-            saves one all-reduce per microbatch; not with sharded weights.
+            saves one all-reduce per microbatch; not with sharded weights, and only with ``ascent="gradient"``.
+        ascent: ``"gradient"`` (SAM), ``"momentum"`` or ``"previous"``.
 
     Attributes:
         has_perturbed: Whether the latest microbatch had a second pass.
@@ -76,7 +97,8 @@ class SharpnessAwareMinimization(Callback):
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: In ``fit``, before the first step: manual optimization, a ``training_step`` that
-            takes ``dataloader_iter``, LBFGS, or a strategy that shards the weights in another way than FSDP2.
+            takes ``dataloader_iter``, LBFGS, an optimizer without momentum if ``ascent`` needs it, or a strategy that
+            shards the weights in another way than FSDP2.
 
     Example:
         >>> from lightning import Trainer
@@ -90,24 +112,33 @@ class SharpnessAwareMinimization(Callback):
         interval: int = 1,
         start_epoch: int = 0,
         sync_perturbation: bool = True,
+        ascent: Ascent = "gradient",
     ) -> None:
         check_rho(rho)
+        check_ascent(ascent)
         if interval < 1:
             raise ValueError(f"Expected `interval` to be >= 1, got {interval}. Use 1 to perturb in every step.")
         if start_epoch < 0:
             raise ValueError(f"Expected `start_epoch` to be >= 0, got {start_epoch}. Use 0 to start at once.")
+        if not sync_perturbation and ascent != "gradient":
+            raise ValueError(
+                f"Expected `sync_perturbation` to be True for ascent={ascent!r}, got False. Leave it out: momentum and "
+                "earlier gradients are the same on all ranks."
+            )
         self.rho = rho
+        self.ascent = ascent
         self.geometry = linear_geometry(geometry)
         self._bound: Geometry | None = None  # to the loss of this run
         self.interval = interval
         self.start_epoch = start_epoch
         self.sync_perturbation = sync_perturbation
         self._step: RecordedStep | None = None
+        self._perturbed_step: PerturbedStep | None = None  # in its place where one gradient is enough
+        self._previous: PreviousGradient | None = None
+        self._hooks = ExitStack()
         self._first_pass = ExitStack()
-        self._totals: list[float] | None = None  # of the rises, of the norms, of the microbatches
-        self._epoch = 0
+        self._means = EpochMeans()
         self.has_perturbed = False
-        self._pending: list[tuple[Tensor, float]] = []  # rises and norms of the last microbatches
 
     def should_perturb(self, step_idx: int, epoch_idx: int) -> bool:
         """Say whether an optimizer step is sharpness-aware; override it for another schedule.
@@ -127,24 +158,9 @@ class SharpnessAwareMinimization(Callback):
         """Refuse what SAM cannot do, and go to the front of the callbacks."""
         if stage != "fit":
             return
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                "SharpnessAwareMinimization works with automatic optimization only, got a module with manual "
-                "optimization. HINT: Wrap its optimizer instead: lightning_flatness.SAM(optimizer, rho=0.05)."
-            )
-        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-            raise MisconfigurationException(
-                "SharpnessAwareMinimization needs each batch twice, got a `training_step` that takes "
-                "`dataloader_iter`. HINT: Let `training_step` take `batch`."
-            )
-        if why_unsupported(trainer) is not None:
-            raise MisconfigurationException(
-                "SharpnessAwareMinimization needs the whole weights and gradients on every device, got the strategy "
-                f"{type(trainer.strategy).__name__}. HINT: Use strategy='auto' or 'ddp', or "
-                "ModelParallelStrategy with torch.distributed.fsdp.fully_shard."
-            )
+        check_module(trainer, pl_module)
         self._forget()
-        self._totals, self._pending, self._epoch, self._bound = None, [], 0, None
+        self._means, self._bound = EpochMeans(), None
         self.has_perturbed = False
         # In front, so that the hooks of all other callbacks see the sharpness-aware gradient. A new list: the old
         # one is being iterated over.
@@ -152,29 +168,14 @@ class SharpnessAwareMinimization(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse sharded weights that it cannot perturb, and optimizers that evaluate the closure themselves."""
-        if has_sharded_weights(pl_module):
-            if is_tensor_parallel(pl_module):
-                raise MisconfigurationException(
-                    "SharpnessAwareMinimization needs gradients that are whole or sharded by FSDP2 alone, got a module "
-                    "with tensor parallelism. HINT: Use fully_shard with tensor_parallel_size=1, or DDP."
-                )
-            if not self.sync_perturbation:
-                raise MisconfigurationException(
-                    "SharpnessAwareMinimization needs whole gradients for `sync_perturbation=False`, got weights "
-                    "sharded by FSDP2, of which each rank has a part. HINT: Use sync_perturbation=True."
-                )
-            if self.geometry.needs_whole_weights:
-                raise MisconfigurationException(
-                    f"SharpnessAwareMinimization needs whole weights for the geometry {self.geometry.name!r}, got "
-                    "weights sharded by FSDP2. HINT: Use the geometry 'layer' or 'element', or DDP."
-                )
+        check_weights(pl_module, self.geometry, sync_perturbation=self.sync_perturbation)
         for optimizer in trainer.optimizers:
-            if isinstance(optimizer, LBFGS | SAM):
-                raise MisconfigurationException(
-                    "SharpnessAwareMinimization needs an optimizer that takes one step per gradient, got "
-                    f"{type(optimizer).__name__}. HINT: Return e.g. torch.optim.SGD or torch.optim.AdamW from "
-                    "`configure_optimizers`; SAM is for manual optimization, without this callback."
-                )
+            check_optimizer(optimizer, self.ascent)
+        self._release_optimizer()
+        if self.ascent == "previous" and self.rho > 0:
+            self._previous = previous = PreviousGradient(trainer.optimizers[0])
+            handle = trainer.optimizers[0].register_step_post_hook(lambda *_: previous.keep())
+            self._hooks.callback(handle.remove)
 
     # ---------------------------------------------------------------------------------------------- one microbatch
 
@@ -184,12 +185,15 @@ class SharpnessAwareMinimization(Callback):
         self.has_perturbed = False
         if not self.should_perturb(trainer.global_step, trainer.current_epoch):
             return
-        if self._totals is None or self._epoch != trainer.current_epoch:
-            # A checkpoint that was written at the last step of an epoch holds the sums of that one.
-            self._totals, self._pending, self._epoch = [0.0, 0.0, 0.0], [], trainer.current_epoch
+        self._means.begin(trainer.current_epoch)
         if self._bound is None and self.geometry.follows_loss:
             first = FirstBatch(training_step_of(pl_module), batch, infer_batch_size(batch))
             self._bound = self.geometry.for_loss(first)
+        if self.ascent != "gradient":
+            geometry = self._bound or self.geometry
+            self._perturbed_step = PerturbedStep(trainer, pl_module, self.ascent, self.rho, geometry)
+            self._perturbed_step.install()
+            return
         self._step = RecordedStep(trainer, pl_module)
         self._step.install()
         if not self.sync_perturbation and not accumulates(trainer, batch_idx):
@@ -204,7 +208,11 @@ class SharpnessAwareMinimization(Callback):
             self._step.set_gradients_aside()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Replace this microbatch's gradient by the one at the perturbed weights."""
+        """Replace this microbatch's gradient by the one at the perturbed weights, or put moved weights back."""
+        if self._perturbed_step is not None and self._perturbed_step.has_run:
+            self._perturbed_step.end()
+            self._means.add(self._perturbed_step.norm)
+            return
         step, self._step = self._step, None
         if step is None or not step.is_recorded:
             return
@@ -220,7 +228,13 @@ class SharpnessAwareMinimization(Callback):
         if loss is None:  # e.g. a step that returns None for a loss that is not finite: then as without SAM
             norm, loss = 0.0, step.second_pass()
         self.has_perturbed = True
-        self._record(step, loss, norm)
+        if loss is not None and step.loss is not None:
+            self._means.add(norm, loss - step.loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the gradient of the step, averaged and unscaled, which is the next one's direction."""
+        if self._previous is not None:
+            self._previous.take()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -231,12 +245,21 @@ class SharpnessAwareMinimization(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind."""
         self._forget()
+        self._release_optimizer()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing behind."""
         self._forget()
+        self._release_optimizer()
+
+    def _release_optimizer(self) -> None:
+        self._hooks.close()
+        self._previous = None
 
     def _forget(self) -> None:
+        if self._perturbed_step is not None:
+            self._perturbed_step.end()
+        self._perturbed_step = None
         if self._step is not None:
             self._step.uninstall()
         self._step = None
@@ -244,38 +267,23 @@ class SharpnessAwareMinimization(Callback):
 
     # ----------------------------------------------------------------------------------------------------- logging
 
-    def _record(self, step: RecordedStep, loss: Tensor | None, norm: float) -> None:
-        # On an accelerator the loss is not there yet, and waiting for it would hold up the step.
-        if loss is not None and step.loss is not None:
-            self._pending.append((loss - step.loss, norm))
-            if len(self._pending) == _MOST_PENDING:
-                self._add_pending()
-
-    def _add_pending(self) -> None:
-        rises = torch.stack([rise for rise, _ in self._pending]).tolist() if self._pending else []
-        for rise, (_, norm) in zip(rises, self._pending, strict=True):
-            if self._totals is not None and math.isfinite(rise):  # not finite: an overflow in half precision
-                self._totals = [total + value for total, value in zip(self._totals, (rise, norm, 1.0), strict=True)]
-        self._pending.clear()
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the means over the microbatches of the epoch, of all ranks."""
         self._forget()  # of a batch at which `on_train_batch_start` of the module ended the epoch
-        if self._totals is None or self._epoch != trainer.current_epoch:
+        sums = self._means.take(trainer.current_epoch)
+        if sums is None:
             return
-        self._add_pending()
-        totals = torch.tensor(self._totals, device=trainer.strategy.root_device)
-        self._totals = None
+        totals = torch.tensor(sums, device=trainer.strategy.root_device)
         rise, norm, count = trainer.strategy.reduce(totals, reduce_op="sum").tolist()
         if count and not trainer.barebones:
-            values = {"sam/loss_rise": rise / count, "sam/perturbation_norm": norm / count}
+            values = {"sam/loss_rise": rise / count} if self.ascent == "gradient" else {}
+            values["sam/perturbation_norm"] = norm / count
             pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums of a begun epoch, for a checkpoint in the middle of it; nothing at its end."""
-        self._add_pending()
-        return {} if self._totals is None else {"totals": self._totals, "epoch": self._epoch}
+        return self._means.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the sums of a begun epoch; on several ranks those of the first one stand for all."""
-        self._totals, self._epoch = state_dict.get("totals"), state_dict.get("epoch", 0)
+        self._means.load_state_dict(state_dict)

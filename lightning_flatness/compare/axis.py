@@ -64,7 +64,7 @@ def points(comparison: Comparison, run: Run, tag: str, x: str) -> Points | None:
     if x == "step":
         across = curve.steps.astype(np.float64)
     elif x == "gradients":
-        across = curve.steps.astype(np.float64) * (2 if _uses_sam(run) else 1)
+        across = curve.steps.astype(np.float64) * (2 if _takes_two_gradients(run) else 1)
     else:
         other = run.curves.get(_tag(comparison, x))
         across = np.full(len(curve), np.nan) if other is None else _at(other, curve.steps)
@@ -114,9 +114,12 @@ def _tag(comparison: Comparison, x: str) -> str:
     return comparison.loss_tag or x if x == "train_loss" else x
 
 
-def _uses_sam(run: Run) -> bool:
+def _takes_two_gradients(run: Run) -> bool:
+    if "sam/loss_rise" in run.curves:
+        return True
     rho = run.hyperparameters.get("sam_rho", 0.0)
-    return "sam/loss_rise" in run.curves or (isinstance(rho, float | int) and rho > 0)
+    takes_one = "sam/perturbation_norm" in run.curves or "sam_ascent" in run.hyperparameters
+    return isinstance(rho, float | int) and rho > 0 and not takes_one
 
 
 def _at(curve: Curve, steps: npt.NDArray[np.int64]) -> Array:

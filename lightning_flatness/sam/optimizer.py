@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,16 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_flatness.geometry import Geometry, LinearGeometry
 from lightning_flatness.module.replay import ReplayedPass
-from lightning_flatness.sam.perturbation import check_rho, linear_geometry, optimized_parameters, perturbed
+from lightning_flatness.module.sharding import reshard
+from lightning_flatness.module.undo import undone
+from lightning_flatness.sam.ascent import Ascent, PreviousGradient, check_ascent, known_direction, why_no_ascent
+from lightning_flatness.sam.perturbation import (
+    Displacement,
+    check_rho,
+    linear_geometry,
+    optimized_parameters,
+    perturbed,
+)
 
 
 class SAM(Optimizer):
@@ -28,9 +38,21 @@ class SAM(Optimizer):
 
     Costs two gradients per step and one extra copy of the weights (two at the peak in geometry ``"element"``).
 
+    Two other values of ``ascent`` take one gradient per step, at weights that are moved before it is known:
+
+    - ``"momentum"`` (MSAM, arXiv 2401.12033, algorithm 1): ``w - rho S² v / ‖S v‖`` with the momentum ``v`` of the
+      optimizer, its ``momentum_buffer`` (``v <- mu v + g``) or ``exp_avg``. The minus is the paper's: the gradient is
+      taken ahead, in the direction of the coming step, as Nesterov's.
+    - ``"previous"``: ``w + rho S² g' / ‖S g'‖`` with the gradient ``g'`` of the step before, which is kept in the state
+      of the optimizer (one more copy of the weights, also in checkpoints).
+
+    The first step is then the wrapped optimizer's alone. BatchNorm statistics, metrics and the loss that the closure
+    returns are those at the moved weights. With a loss scaler or accumulated gradients write
+    ``with optimizer.perturbed(): ...`` around forward and backward, and call ``step()`` without a closure.
+
     With the Lightning Trainer and automatic optimization use the callback ``SharpnessAwareMinimization`` instead.
-    ``GradScaler.step`` takes no closure: in a loop with a loss scaler write the two passes yourself, the second one
-    inside :func:`perturbed`.
+    ``GradScaler.step`` takes no closure: in a loop with a loss scaler and ``ascent="gradient"`` write the two passes
+    yourself, the second one inside :func:`perturbed`.
 
     Args:
         optimizer: The optimizer instance to wrap.
@@ -39,11 +61,13 @@ class SAM(Optimizer):
         module: The module that is trained. With it, the second pass leaves no trace in it (BatchNorm statistics,
             torchmetrics and plain attributes have seen the first pass only), and geometry ``"filter"`` knows
             transposed convolutions. Without it, both passes update what the closure updates. The random numbers
-            are in either case the same in both passes.
+            are in either case the same in both passes. FSDP2 with one gradient per step needs it.
+        ascent: ``"gradient"``, ``"momentum"`` or ``"previous"``.
 
     Raises:
         TypeError: If ``optimizer`` is not an optimizer instance.
-        ValueError: If ``rho`` or the geometry is out of range, or the optimizer calls closures itself.
+        ValueError: If ``rho``, the geometry or ``ascent`` is out of range, the optimizer calls closures itself, or it
+            keeps no momentum and ``ascent`` is ``"momentum"``.
 
     Example:
         >>> import torch
@@ -66,6 +90,7 @@ class SAM(Optimizer):
         rho: float = 0.05,
         geometry: str | Geometry = "euclidean",
         module: nn.Module | None = None,
+        ascent: Ascent = "gradient",
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -78,6 +103,9 @@ class SAM(Optimizer):
                 "itself. Wrap e.g. torch.optim.SGD or torch.optim.AdamW."
             )
         check_rho(rho)
+        check_ascent(ascent)
+        if (reason := why_no_ascent(optimizer, ascent)) is not None:
+            raise ValueError(reason)
         # What Optimizer.__init__ prepares, except for groups and state: those are the wrapped optimizer's.
         self.__setstate__(
             {
@@ -85,6 +113,7 @@ class SAM(Optimizer):
                 "rho": rho,
                 "geometry": linear_geometry(geometry),
                 "module": module.module if isinstance(module, DistributedDataParallel) else module,
+                "ascent": ascent,
             }
         )
 
@@ -92,22 +121,28 @@ class SAM(Optimizer):
     rho: float
     geometry: LinearGeometry
     module: nn.Module | None
+    ascent: Ascent = "gradient"
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
-        Gradients from before the call are dropped: both passes start without, whether or not the closure zeroes.
+        Gradients from before the call are dropped if there is a closure: its passes start without, whether or not it
+        zeroes.
 
         Args:
-            closure: Computes the loss, calls backward and returns the loss. It is called twice.
+            closure: Computes the loss, calls backward and returns the loss. It is called twice, or once if ``ascent``
+                is not ``"gradient"``; then it may be None, and the gradients are those made inside :meth:`perturbed`.
 
         Returns:
-            What the closure returned in the first pass: the loss at the weights before the step.
+            What the closure returned in the first pass: the loss at the weights before the step, or at the perturbed
+            ones if there is one pass only.
 
         Raises:
-            ValueError: If there is no closure.
+            ValueError: If there is no closure and ``ascent`` is ``"gradient"``.
             RuntimeError: If the closure leaves no gradient; the weights are then as before.
         """
+        if self.ascent != "gradient":
+            return self._step_with_one_gradient(closure)
         if closure is None:
             raise ValueError(
                 "Expected a `closure` that computes the loss and calls backward, got None: SAM needs the gradient "
@@ -121,6 +156,63 @@ class SAM(Optimizer):
             with perturbed(parameters, self.rho, self.geometry, self.module), first_pass.again():
                 self._evaluate(closure, parameters, "at the perturbed weights")
         self.base_optimizer.step()
+        return loss
+
+    @contextmanager
+    def perturbed(self) -> Iterator[float]:
+        """Move the weights inside the block, where forward and backward run, and put them back bit for bit.
+
+        For loops without a closure and ``ascent`` ``"momentum"`` or ``"previous"``; with accumulated gradients around
+        each microbatch. What the block writes to weights that have moved is undone.
+
+        Yields:
+            The Euclidean length of the change of the weights; 0.0 before the first step.
+
+        Raises:
+            ValueError: If ``ascent`` is ``"gradient"``.
+
+        Example:
+            >>> import torch
+            >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+            >>> optimizer = SAM(torch.optim.SGD([w], lr=0.0, momentum=0.9), rho=0.5, ascent="momentum")
+            >>> for _ in range(2):
+            ...     with optimizer.perturbed():
+            ...         print(w.data)
+            ...         w.square().sum().backward()
+            ...     optimizer.step()
+            ...     optimizer.zero_grad()
+            tensor([3., 4.])
+            tensor([2.7000, 3.6000])
+        """
+        if self.ascent == "gradient":
+            raise ValueError(
+                "Expected `ascent` to be 'momentum' or 'previous', got 'gradient', whose perturbation needs a gradient "
+                "first. Call optimizer.step(closure)."
+            )
+        module = self.module if self.module is not None else nn.Module()
+        displacement = Displacement(self.rho, self.geometry, module)
+
+        def put_back() -> None:
+            displacement.put_back()
+            reshard(module)
+
+        with undone(put_back):
+            if self.rho > 0:
+                parameters, directions, sign = known_direction(self.base_optimizer, self.ascent)
+                displacement.move(parameters, directions, sign=sign)
+                reshard(module)  # FSDP2 may hold weights gathered before, e.g. in validation
+            yield displacement.norm
+
+    def _step_with_one_gradient(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None
+        if closure is not None:
+            with self.perturbed():
+                loss = self._evaluate(closure, optimized_parameters(self), "at the perturbed weights")
+        gradient = PreviousGradient(self.base_optimizer)
+        if self.ascent == "previous" and self.rho > 0:
+            gradient.take()
+        self.base_optimizer.step()
+        gradient.keep()
         return loss
 
     def _evaluate(self, closure: Callable[[], Any], parameters: list[Tensor], where: str) -> Any:
@@ -194,10 +286,11 @@ class SAM(Optimizer):
         return self.base_optimizer.register_load_state_dict_post_hook(hook, prepend)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("base_optimizer", "rho", "geometry", "module")}
+        return {name: self.__dict__[name] for name in ("base_optimizer", "rho", "geometry", "module", "ascent")}
 
     def __repr__(self) -> str:
-        return f"SAM({self.base_optimizer!r}, rho={self.rho}, geometry={self.geometry!r})"
+        ascent = "" if self.ascent == "gradient" else f", ascent={self.ascent!r}"
+        return f"SAM({self.base_optimizer!r}, rho={self.rho}, geometry={self.geometry!r}{ascent})"
 
 
 def _device_of(parameters: Sequence[Tensor]) -> torch.device | None:

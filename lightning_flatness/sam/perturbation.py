@@ -1,7 +1,7 @@
 """Sharpness-aware minimisation: descend with the gradient at the worst weights nearby.
 
-The optimizer for plain loops and the Lightning callback share :func:`perturbed`: move the weights up the
-gradient by ``rho`` in a geometry, and put them back bit for bit. The weights are saved and copied back, for
+The optimizer for plain loops and the Lightning callback share :class:`Displacement`: move the weights along a
+direction by ``rho`` in a geometry, and put them back bit for bit. The weights are saved and copied back, for
 ``(w + e) - e`` is not ``w`` in floating point, and training would drift.
 """
 
@@ -64,29 +64,64 @@ def perturbed(
         tensor([3., 4.])
     """
     check_rho(rho)
-    multiplier_of = linear_geometry(geometry).multiplier
-    trained = _distinct(p for p in parameters if p.requires_grad)
-    active = [p for p in trained if p.grad is not None]
+    trained = [p for p in parameters if p.requires_grad]
+    displacement = Displacement(rho, geometry, module)
+    active = [p for p in _distinct(trained) if p.grad is not None]
     gradients = [_take_gradient(p) for p in active]
-    with torch.no_grad():
-        multiply_ = multiplier_of(module if module is not None else nn.Module(), active) if active else None
-        factor, norm = _ascend_(gradients, multiply_, rho)
-        del multiply_
-        saved = [p.detach().clone() for p in trained]
-    with undone(lambda: _put_back(trained, saved)):
-        if norm > 0:
-            with torch.no_grad():
-                _add_(active, gradients, factor)
-        gradients.clear()  # their memory is for the block
+    with undone(displacement.put_back):
+        displacement.move(active, gradients, kept=trained)
+        yield displacement.norm
+
+
+class Displacement:
+    """Weights moved by ``rho`` along a direction, until they are put back bit for bit.
+
+    :func:`perturbed` is this as a block; the callback moves them in one hook and puts them back in another.
+
+    Args:
+        rho: Length of the step in the coordinates ``z`` of the geometry, >= 0.
+        geometry: One of the linear geometries.
+        module: The module of the parameters.
+
+    Attributes:
+        norm: The Euclidean length of the change of the weights; 0.0 if nothing moved.
+    """
+
+    def __init__(self, rho: float, geometry: str | Geometry, module: nn.Module | None) -> None:
+        self.norm = 0.0
+        self._rho, self._module = rho, module if module is not None else nn.Module()
+        self._multiplier_of = linear_geometry(geometry).multiplier
+        self._saved: list[tuple[Tensor, Tensor]] = []
+
+    def move(
+        self, parameters: list[Tensor], directions: list[Tensor], *, kept: Sequence[Tensor] = (), sign: float = 1.0
+    ) -> None:
+        """Move weights, or leave them if the directions are zero or not finite.
+
+        Args:
+            parameters: The weights.
+            directions: Gradients, one for each; used up.
+            kept: More weights to put back; these and ``parameters`` are copied even if nothing moves.
+            sign: 1.0 moves up the gradients, -1.0 down.
+        """
+        with torch.no_grad():
+            multiply_ = self._multiplier_of(self._module, parameters) if parameters else None
+            factor, self.norm = _ascend_(directions, multiply_, self._rho)
+            del multiply_
+            if self.norm > 0 or kept:
+                self._saved = [(p, p.detach().clone()) for p in _distinct((*kept, *parameters))]
+            if self.norm > 0:
+                _add_(parameters, directions, sign * factor)
+        directions.clear()  # their memory is for the pass
         torch.clear_autocast_cache()  # a cast of the weights made before would still be used
-        yield norm
 
-
-def _put_back(parameters: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, original in zip(parameters, saved, strict=True):
-            parameter.copy_(original)
-    torch.clear_autocast_cache()
+    def put_back(self) -> None:
+        """Put the weights back; once more does no harm, also if the first time was cut short."""
+        with torch.no_grad():
+            for parameter, original in self._saved:
+                parameter.copy_(original)
+        self._saved = []
+        torch.clear_autocast_cache()
 
 
 def _take_gradient(parameter: Tensor) -> Tensor:

@@ -55,6 +55,10 @@ def test_ranks_agree(ranks, name):
             "in_place",
             "static",
             "without",
+            "momentum",
+            "momentum_accumulate",
+            "previous",
+            "previous_accumulate",
         ),
         *(name for name in SCENARIOS if name.startswith("only_")),
     ],
@@ -65,7 +69,9 @@ def test_two_ranks_equal_one_process_on_the_same_samples(ranks, name):
     torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-12, atol=1e-12)
     assert two["global_step"] == one["global_step"]
     assert two["logged"] == pytest.approx(one["logged"], rel=1e-5, nan_ok=False)
-    assert ("sam/loss_rise" in two["logged"]) == (name != "without")
+    takes_one_gradient = "momentum" in name or "previous" in name
+    assert ("sam/loss_rise" in two["logged"]) == (name != "without" and not takes_one_gradient)
+    assert ("sam/perturbation_norm" in two["logged"]) == (name != "without")
 
 
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if "only_" in name or "uneven_clean" in name])
@@ -139,6 +145,7 @@ def test_unsynchronised_perturbation_saves_the_first_all_reduce(ranks):
     assert num_steps["accumulate"] == 6
     reduced = {name: ranks[0][name]["num_reduced"] / num_steps[name] for name in SCENARIOS}
     assert reduced["without"] == reduced["local"] == reduced["local_accumulate"] == 1
+    assert reduced["momentum"] == reduced["momentum_accumulate"] == reduced["previous"] == 1
     assert reduced["plain"] == reduced["accumulate"] == 2
     assert ranks[0]["local_accumulate"]["num_averaged"] == 0
     assert ranks[0]["accumulate"]["num_averaged"] == 10 - 6  # the microbatches after which no step follows

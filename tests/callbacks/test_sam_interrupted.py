@@ -45,7 +45,7 @@ def equal(one, other):
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-def fit(interrupter):
+def fit(interrupter, ascent="gradient"):
     """Return the states of one run: at its start, at the start of each step, and at the end or the interruption."""
 
     class Watching(Callback):
@@ -63,13 +63,14 @@ def fit(interrupter):
         def on_exception(self, trainer, pl_module, exception):
             interrupter.stop()
             states.append(state_of(pl_module, trainer))
-            states.append("training_step" in vars(pl_module))
+            states.append("training_step" in {**vars(pl_module), **vars(trainer.strategy)})
 
     states = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module, watching = Counting(), Watching()
-        trainer = make_trainer(watching, SharpnessAwareMinimization(0.05), max_epochs=1, limit_train_batches=3)
+        sam = SharpnessAwareMinimization(0.05, ascent=ascent)
+        trainer = make_trainer(watching, sam, max_epochs=1, limit_train_batches=3)
         try:
             trainer.fit(module, make_loader())
         except (SystemExit, MemoryError):
@@ -83,17 +84,18 @@ FIXED = ("groups", "attributes", "trained", "modes", "hooks")
 
 
 @pytest.mark.parametrize("first", [KeyboardInterrupt, pytest.param(MemoryError, marks=pytest.mark.slow)])
-def test_interrupted_at_any_line(first):
+@pytest.mark.parametrize(("ascent", "fewest_lines"), [("gradient", 300), ("momentum", 50), ("previous", 50)])
+def test_interrupted_at_any_line(first, ascent, fewest_lines):
     """Every line is interrupted: by the two exceptions in turn, and in the slow tests each by the other one."""
     counted = Interrupter()
-    _, *whole = fit(counted)
+    _, *whole = fit(counted, ascent)
     assert len(whole) == 4
     num_lines = len(counted.lines)
-    assert num_lines > 300
+    assert num_lines > fewest_lines
     errors = (KeyboardInterrupt, MemoryError)
     for at in range(num_lines):
         interrupter = Interrupter(at, errors[(at + errors.index(first)) % 2])
-        start, *_, end, is_recorded = fit(interrupter)
+        start, *_, end, is_recorded = fit(interrupter, ascent)
         where = list(interrupter.lines)[-1]
         assert interrupter.raised
         assert not is_recorded, where

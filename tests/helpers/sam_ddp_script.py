@@ -149,6 +149,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "still_without": {"accumulate": 2, "module": {"normalized": True, "lr": 0.0}, "sam": None},
     "still": {"accumulate": 2, "module": {"normalized": True, "lr": 0.0}},
     "still_local": {"accumulate": 2, "module": {"normalized": True, "lr": 0.0}, "sam": {"sync_perturbation": False}},
+    "momentum": {"sam": {"ascent": "momentum"}},
+    "momentum_accumulate": {"accumulate": 2, "sam": {"ascent": "momentum"}},
+    "previous": {"sam": {"ascent": "previous"}},
+    "previous_accumulate": {"accumulate": 2, "sam": {"ascent": "previous"}, "ddp": {"gradient_as_bucket_view": True}},
     "zero": {"sam": {"rho": 0.0}},
     "without": {"sam": None},
 }

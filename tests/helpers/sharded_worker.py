@@ -285,6 +285,15 @@ class TensorParallelClassifier(Classifier):
         parallelize_module(self.net, self.device_mesh["tensor_parallel"], layers)
 
 
+class WithMomentum(Classifier):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class ShardedWithMomentum(WithMomentum, ShardedClassifier):
+    pass
+
+
 def fit(out: Path, module_class: Any, *callbacks: Any, strategy: Any, **options: Any) -> dict[str, Any]:
     seed_everything(0, verbose=False)
     module = module_class()
@@ -325,16 +334,22 @@ def monitor(out: Path) -> dict[str, Any]:
 def trained_with_sam(out: Path) -> dict[str, Any]:
     """Fit with the callback on sharded weights and under DDP, and see what it refuses."""
 
-    def both(*callbacks: Any, **options: Any) -> list[Any]:
+    def both(*callbacks: Any, classes: Any = (ShardedClassifier, Classifier), **options: Any) -> list[Any]:
         sharding = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
         return [
-            fit(out, ShardedClassifier, *callbacks, strategy=sharding, **options),
-            fit(out, Classifier, *callbacks, strategy="ddp", **options),
+            fit(out, classes[0], *callbacks, strategy=sharding, **options),
+            fit(out, classes[1], *callbacks, strategy="ddp", **options),
         ]
 
     results: dict[str, Any] = {
         "plain": both(SharpnessAwareMinimization(0.3)),
         "element": both(SharpnessAwareMinimization(0.5, "element"), accumulate_grad_batches=2, gradient_clip_val=0.2),
+        "momentum": both(
+            SharpnessAwareMinimization(0.3, ascent="momentum"),
+            classes=(ShardedWithMomentum, WithMomentum),
+            accumulate_grad_batches=2,
+        ),
+        "previous": both(SharpnessAwareMinimization(0.3, "layer", ascent="previous")),
         "zero": [
             fit(
                 out,

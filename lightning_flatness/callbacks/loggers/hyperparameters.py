@@ -34,8 +34,8 @@ def log_hyperparameters(trainer: Trainer, metrics: Sequence[str], *, training_ha
     Call it twice: in ``on_fit_start``, and with ``training_has_started`` when the first epoch ends. It writes to each
     of the Trainer's loggers once, at the moment that is right for it. Beside what the module and the datamodule saved
     for the logger are ``optimizer``, ``lr``, ``momentum``, ``weight_decay``, ``batch_size`` (samples behind one
-    optimizer step, over ranks and accumulated batches) and ``sam_rho`` (0 without SAM), where they can be told and the
-    user has no hyperparameter of that name.
+    optimizer step, over ranks and accumulated batches), ``sam_rho`` (0 without SAM) and, with one gradient per step,
+    ``sam_ascent``, where they can be told and the user has no hyperparameter of that name.
     """
     loggers = tensorboard_loggers(trainer)
     if not loggers or not getattr(trainer, "enable_autolog_hparams", True):
@@ -109,7 +109,7 @@ def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
     """Return what was saved, and what optimizer, data and SAM know beside."""
     saved = saved_hyperparameters(trainer)
-    known = {"batch_size": samples_per_step(trainer), "sam_rho": _rho(trainer)}
+    known = {"batch_size": samples_per_step(trainer), "sam_rho": _rho(trainer), "sam_ascent": _ascent(trainer)}
     known |= _optimizer_settings(trainer.optimizers)
     return saved | {
         name: value
@@ -133,9 +133,17 @@ def _optimizer_settings(optimizers: Sequence[Optimizer]) -> dict[str, Any]:
 
 
 def _rho(trainer: Trainer) -> float:
-    rhos = [callback.rho for callback in callbacks(trainer) if isinstance(callback, SharpnessAwareMinimization)]
-    rhos += [optimizer.rho for optimizer in trainer.optimizers if isinstance(optimizer, SAM)]
-    return max(rhos, default=0.0)
+    return max((sam.rho for sam in _sams(trainer)), default=0.0)
+
+
+def _ascent(trainer: Trainer) -> str | None:
+    """Return how SAM perturbs with one gradient per step; None if there is none, or it takes two."""
+    return next((sam.ascent for sam in _sams(trainer) if sam.ascent != "gradient"), None)
+
+
+def _sams(trainer: Trainer) -> list[SharpnessAwareMinimization | SAM]:
+    found = [c for c in callbacks(trainer) if isinstance(c, SharpnessAwareMinimization)]
+    return [*found, *(optimizer for optimizer in trainer.optimizers if isinstance(optimizer, SAM))]
 
 
 def samples_per_step(trainer: Trainer) -> int | None:
