@@ -126,8 +126,7 @@ class SAM(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
-        Gradients from before the call are dropped if there is a closure: its passes start without, whether or not it
-        zeroes.
+        With a closure, gradients from before the call are dropped, whether or not it zeroes.
 
         Args:
             closure: Computes the loss, calls backward and returns the loss. It is called twice, or once if ``ascent``
@@ -162,8 +161,7 @@ class SAM(Optimizer):
     def perturbed(self) -> Iterator[float]:
         """Move the weights inside the block, where forward and backward run, and put them back bit for bit.
 
-        For loops without a closure and ``ascent`` ``"momentum"`` or ``"previous"``; with accumulated gradients around
-        each microbatch. What the block writes to weights that have moved is undone.
+        For loops without a closure; with accumulated gradients around each microbatch. Writes to moved weights are undone.
 
         Yields:
             The Euclidean length of the change of the weights; 0.0 before the first step.
