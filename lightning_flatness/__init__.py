@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         PathGeometry,
         PathNormGeometry,
     )
-    from lightning_flatness.landscape import LossLandscape, OutputLoss
+    from lightning_flatness.landscape import LossLandscape, OptimizerStep, OutputLoss
     from lightning_flatness.measuring import (
         FlatnessReport,
         FlatnessTracker,
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
         AverageCaseSharpness,
         BasisPathBalance,
         BatchSharpness,
+        CriticalSharpness,
+        DirectionalSharpness,
         FisherTrace,
         GradientNoise,
         HessianTrace,
@@ -55,6 +57,8 @@ __all__ = [
     "BasisPathBalance",
     "BatchSharpness",
     "Comparison",
+    "CriticalSharpness",
+    "DirectionalSharpness",
     "FisherTrace",
     "FlatnessMonitor",
     "FlatnessReport",
@@ -69,6 +73,7 @@ __all__ = [
     "MinimumSharpness",
     "NoiseCurvatureRatio",
     "OptimizerGeometry",
+    "OptimizerStep",
     "OutputLoss",
     "PSISharpness",
     "Pair",
@@ -94,7 +99,7 @@ _HOMES = {
     "compare": ("Comparison", "compare_runs"),
     "estimators": ("stability_edge",),
     "geometry": ("AttentionGeometry", "OptimizerGeometry", "Pair", "Part", "PathGeometry", "PathNormGeometry"),
-    "landscape": ("LossLandscape", "OutputLoss"),
+    "landscape": ("LossLandscape", "OptimizerStep", "OutputLoss"),
     "measuring": ("FlatnessReport", "FlatnessTracker", "MeasuredCheckpoints", "measure", "measure_checkpoints"),
     "sam": ("SAM",),
     "surface": ("LossSurface", "compare_surfaces", "loss_surface"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,8 +21,9 @@ from torch.nn import functional as F
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # shared helpers
 from digits import ConvNet, DigitsDataModule
 
-from lightning_flatness import BatchSharpness, FlatnessMonitor, LossLandscape, OutputLoss
+from lightning_flatness import BatchSharpness, FlatnessMonitor, LossLandscape, OptimizerStep, OutputLoss
 from lightning_flatness.callbacks.probe import draw_probe
+from lightning_flatness.landscape import MissingUpdateError
 from lightning_flatness.metrics.presets import TYPICAL_COSTS, preset_metrics
 
 EPOCHS = (0, 1, 5)
@@ -33,6 +35,15 @@ class Costs(pl.Callback):
     def __init__(self) -> None:
         self.metrics = preset_metrics("all")
         self.costs: dict[str, list[str]] = {name: [] for name in self.metrics}
+        self.step: OptimizerStep | None = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        self.step = OptimizerStep(trainer.optimizers)
+        self.step.begin()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        assert self.step is not None
+        self.step.end()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch not in EPOCHS:
@@ -42,9 +53,11 @@ class Costs(pl.Callback):
         for name, metric in self.metrics.items():
             if isinstance(metric, BatchSharpness):
                 metric.run_batch_size = trainer.train_dataloader.batch_size
-            landscape = LossLandscape(pl_module, probe, OutputLoss(F.cross_entropy), optimizer=trainer.optimizers)
-            metric.update(landscape)
-            mark = "" if metric.converged else "*"
+            loss = OutputLoss(F.cross_entropy)
+            landscape = LossLandscape(pl_module, probe, loss, optimizer=trainer.optimizers, update=self.step)
+            with suppress(MissingUpdateError):  # before the first step
+                metric.update(landscape)
+            mark = "" if metric.converged or not landscape.cost.gradient_evaluations else "*"
             self.costs[name].append(f"{landscape.cost.gradient_evaluations:.0f}{mark}")
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_flatness.callbacks.averaged import MeasuredWeights, averaged_module, check_averaging
@@ -20,11 +20,12 @@ from lightning_flatness.callbacks.counted_work import MonitoredRun
 from lightning_flatness.callbacks.epoch_clock import EpochClock
 from lightning_flatness.callbacks.failures import OnError
 from lightning_flatness.callbacks.landscape_monitor import LandscapeMonitor
-from lightning_flatness.callbacks.loggers.figures import log_figure
+from lightning_flatness.callbacks.last_step import LastStep
 from lightning_flatness.callbacks.loggers.hyperparameters import batch_size_of_run, callbacks, log_hyperparameters
 from lightning_flatness.callbacks.loggers.tensorboard import custom_scalars_layout, log_layout
-from lightning_flatness.callbacks.summary import summarize
-from lightning_flatness.estimators import TOLERANCE, current_learning_rates
+from lightning_flatness.callbacks.loggers.values import log_values
+from lightning_flatness.callbacks.summary import say_once, summarize
+from lightning_flatness.estimators import TOLERANCE
 from lightning_flatness.landscape.options import EngineName
 from lightning_flatness.metrics import FlatnessMetric, Preset
 from lightning_flatness.metrics.measurement import (
@@ -45,7 +46,7 @@ class _Run(MonitoredRun):
     clock: EpochClock = field(default_factory=EpochClock)
     has_logged_hyperparameters: bool = False
     history: list[tuple[int, Measurement]] = field(default_factory=list)
-    learning_rates: dict[Optimizer, Sequence[object]] = field(default_factory=dict)
+    step: LastStep = field(default_factory=LastStep)
 
 
 class FlatnessMonitor(LandscapeMonitor):
@@ -67,8 +68,7 @@ class FlatnessMonitor(LandscapeMonitor):
       sharpness (arXiv 2207.14484), which the default metrics then have, too, as
       ``flatness/preconditioned_sharpness``, from the first optimizer step on. Neither key is logged for optimizers
       whose edge is not known.
-    - ``flatness_cost/seconds``, ``flatness_cost/gradient_evaluations``: what the measurement cost; the latter in
-      gradients of the loss on the whole probe.
+    - ``flatness_cost/seconds``, ``flatness_cost/gradient_evaluations`` (of the loss on the whole probe): its cost.
     - ``flatness_cost/share_of_epoch_time``: at the end of an epoch, those seconds over the seconds that the epoch took
       without measurements (its validation included). ``budget`` bounds what is spent.
 
@@ -91,10 +91,9 @@ class FlatnessMonitor(LandscapeMonitor):
         probe_size: Number of samples to measure on, over all ranks. The choice depends on ``seed`` and the dataset
             alone, not on batch size or ranks. From a dataset without a length: the first samples that training sees.
         probe_batch_size: Samples per forward pass. Default: the loader's batch size, 128 at most. Where normalisation
-            layers use statistics of the batch, the number depends on it, so that the default is 128 whatever the
-            loader's (but 1 for a loader of batches of 1, whose samples may not fit together). It matters little:
-            between 16 and 512 lambda_max of a BatchNorm CNN moved by 2 %, a quarter of its standard error
-            (``examples/benchmarks/probe_batch_size.py``).
+            layers use statistics of the batch, the number depends on it, a little
+            (``examples/benchmarks/probe_batch_size.py``), so that the default is 128 whatever the loader's (but 1 for a
+            loader of batches of 1, whose samples may not fit together).
         split: Draw the samples from the ``"train"`` or the (first) ``"val"`` dataloader.
         loss_fn: ``loss_fn(module, batch)`` returns the mean loss of a batch, a scalar tensor or a dict with
             ``"loss"``. Default: the module's ``training_step``, whose logging is muted.
@@ -102,23 +101,21 @@ class FlatnessMonitor(LandscapeMonitor):
             layers that keep running statistics use those of the batch, dropout is off. ``"eval"``: as in evaluation.
             ``"train"``: as in training, with fixed dropout masks. Layers that you froze in eval mode stay frozen.
         tol: Relative Ritz residual at which the default metrics stop. The eigenvalue's own error is of the order of its
-            square: by default 0.005 % in the median, above 2 % in one of 400 values and never above 5 % in 800
-            (``examples/benchmarks/tolerance.py``). The error of 512 samples against the whole training set is 3 to 18 %
-            in the median (``examples/benchmarks/probe_size.py``).
+            square: by default 0.005 % in the median (``examples/benchmarks/tolerance.py``). The error of 512 samples
+            against the whole training set is 3 to 18 % in the median (``examples/benchmarks/probe_size.py``).
         weights: ``"trained"``: those that the optimizer moves. ``"averaged"``: those that ``WeightAveraging`` or
             ``StochasticWeightAveraging`` averages, from the first average on, without an edge of stability.
             For both curves use two monitors, one of them with ``log_key_prefix="flatness_averaged/"``.
         log_key_prefix: Put before every name; before errors and costs with ``_errors/`` and ``_cost/`` at its end.
         engine: How Hessian-vector products are made, ``"auto"`` by default; see :class:`LossLandscape`.
         on_error: What an exception in a measurement does. ``"warn"``: a warning, nothing is logged, and training goes
-            on as if there had been no measurement; where the loss is not finite, as in a run that diverges, NaN is
-            logged. ``"raise"``: it ends the run.
+            on; where the loss is not finite, as in a run that diverges, NaN is logged. ``"raise"``: it ends the run.
         seed: Seed of the choice of samples and of all random numbers of a measurement.
-        budget: The largest share of the training's gradients (of samples) to spend over the run so far, 0.05 for 5 %.
-            Before training and after the last epoch it always measures. For a resumed run to measure at the same steps,
+        budget: The largest share of the training's gradients (of samples) to spend over the run so far, 0.05 for 5 %;
+            before training and after the last epoch it always measures. For a resumed run to measure at the same steps,
             checkpoints hold a vector of the size of the weights per eigenvalue. See :meth:`plan`. Default: no bound.
-        parameters: The weights to measure, by name, frozen ones too: patterns such as ``"encoder.*,head.*"`` or a list
-            of them. Default: the trainable ones. There is no edge of stability of some of the weights.
+        parameters: The weights to measure, by name, frozen ones too, e.g. ``"encoder.*,head.*"`` or a list of patterns.
+            Default: the trainable ones. There is no edge of stability of some of the weights.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -238,7 +235,14 @@ class FlatnessMonitor(LandscapeMonitor):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Keep the learning rates of the step, which a scheduler may change before they are looked at."""
         with self.survived("Keeping the learning rates", trainer, alone=True):
-            self.run.learning_rates |= current_learning_rates(optimizer)
+            self.run.step.keep_learning_rates(optimizer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the weights before a step that a metric follows."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        with self.survived("Keeping the weights before a step", trainer, alone=True):
+            follows = any(metric.follows_update for metric in self.metrics.values())
+            self.run.step.before_batch(trainer, follows and self.may_measure_after(trainer, batch_idx))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the clock."""
@@ -251,21 +255,17 @@ class FlatnessMonitor(LandscapeMonitor):
         if module is None:
             return  # there is no average yet
         landscape = self.landscape(trainer, module, trainer.optimizers if self.weights == "trained" else [])
+        landscape.update = self.run.step.taken() if self.weights == "trained" else None
         measured = measure_metrics(
             self.metrics,
             landscape,
             trainer.optimizers if self._has_edge else [],
-            self.run.learning_rates,
+            self.run.step.learning_rates,
             batch_size_of_run(trainer),
             skips_undefined=self.is_preset,
             allow_non_finite=self.on_error == "warn",
         )
-        if measured.diverged is not None and "diverged" not in self.run.warned:
-            self.run.warned.add("diverged")
-            rank_zero_warn(f"FlatnessMonitor: NaN is logged from step {trainer.global_step} on. {measured.diverged}")
-        for name in [name for name in measured.remarks if name not in self.run.warned]:
-            self.run.warned.add(name)
-            rank_zero_warn(f"FlatnessMonitor: '{self.log_key_prefix}{name}' {measured.remarks[name]}")
+        say_once(measured, self.log_key_prefix, trainer.global_step, self.run.warned)
         if landscape.engine == "finite_difference":
             self.run.engine = "finite_difference"  # what "auto" came down to, so that it warns once
         seconds = time.perf_counter() - start
@@ -277,13 +277,8 @@ class FlatnessMonitor(LandscapeMonitor):
         measured = replace(measured, costs=costs)
         self.run.history.append((trainer.global_step, replace(measured, figures={})))
         values = logged_names(measured, self.log_key_prefix)
-        for key, value in values.items() if not self.run.has_ended else ():
-            # The loggers have it; this is for callback_metrics. Ranks agree: sync_dist keeps Lightning from asking.
-            pl_module.log(key, value, logger=False, on_step=on_step, on_epoch=not on_step, sync_dist=True, batch_size=1)
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-        for name, figure in measured.figures.items():
-            log_figure(trainer, f"{self.log_key_prefix}{name}", figure)
+        figures = {f"{self.log_key_prefix}{name}": figure for name, figure in measured.figures.items()}
+        log_values(trainer, None if self.run.has_ended else pl_module, values, figures, on_step=on_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what was measured, and what to change."""
@@ -292,8 +287,8 @@ class FlatnessMonitor(LandscapeMonitor):
 
     def summary(self) -> str:
         """Return a short text about the run: first and last values with errors, and what to change, with its number."""
-        run = self.run
-        return summarize(run.history, self.weights, run.num_samples, self.mode, run.work.share, self.budget)
+        share = self.run.work.share
+        return summarize(self.run.history, self.weights, self.run.num_samples, self.mode, share, self.budget)
 
     def expected_gradients(self) -> float:
         """Return what a measurement typically takes."""

@@ -174,6 +174,16 @@ class LandscapeMonitor(CountedWork):
             self.run.has_ended = True
             self._measure_once(trainer, pl_module, on_step=False, always=True)
 
+    def may_measure_after(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Return whether a measurement may follow a batch, as far as is known before it."""
+        module, steps, n = trainer.lightning_module, trainer.global_step + 1, self.every_n_steps
+        is_automatic = module.automatic_optimization  # else a batch makes any number of steps
+        if n is not None and (steps % n == 0 or not is_automatic):
+            return True
+        is_last = trainer.is_last_batch or batch_idx + 1 >= trainer.num_training_batches or trainer.should_stop
+        may_end = is_last or not is_automatic or (trainer.max_steps != -1 and steps >= trainer.max_steps)
+        return may_end and (self.budget is not None or self._is_due(trainer.current_epoch))
+
     def _is_due(self, epoch: int) -> bool:
         return self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs == 0
 

@@ -1,9 +1,11 @@
-"""The summary of a run's measurements: first and last values, and advice with the number behind it."""
+"""What a run is told of its measurements: what went wrong, once; at its end first and last values, and advice."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_flatness.callbacks.budget import percent
 from lightning_flatness.metrics.measurement import Measurement
@@ -14,6 +16,25 @@ BUDGET = 0.1
 _WORTH_SAVING = 5.0  # seconds in all
 _NUM_UNSTABLE = 3
 _LARGEST_RELATIVE_ERROR = 0.5
+
+
+def say_once(measured: Measurement, prefix: str, step: int, said: set[str]) -> None:
+    """Warn of what has not converged or is left out, and say which values are no numbers, each name once.
+
+    Args:
+        measured: A measurement.
+        prefix: Of the names in the logs.
+        step: The ``global_step``.
+        said: The names so far; new ones are added.
+    """
+    if measured.diverged is not None and "diverged" not in said:
+        said.add("diverged")
+        rank_zero_warn(f"FlatnessMonitor: NaN is logged from step {step} on. {measured.diverged}")
+    for name in [name for name in measured.remarks if name not in said]:
+        said.add(name)
+        # That a quantity does not exist at some step is no fault of the measurement.
+        say = rank_zero_info if math.isnan(measured.values.get(name, 0.0)) else rank_zero_warn
+        say(f"FlatnessMonitor: '{prefix}{name}' {measured.remarks[name]}")
 
 
 def summarize(

@@ -4,6 +4,7 @@ from lightning_flatness.estimators.arguments import BallNorm, TraceMethod
 from lightning_flatness.estimators.average_case import average_case_sharpness
 from lightning_flatness.estimators.balance import basis_path_balance
 from lightning_flatness.estimators.batch import batch_sharpness
+from lightning_flatness.estimators.critical import critical_sharpness, directional_sharpness
 from lightning_flatness.estimators.density import DensityResult, spectral_density
 from lightning_flatness.estimators.eigenvalues import top_eigenvalues
 from lightning_flatness.estimators.krylov.lanczos import TOLERANCE, lanczos
@@ -39,7 +40,9 @@ __all__ = [
     "average_case_sharpness",
     "basis_path_balance",
     "batch_sharpness",
+    "critical_sharpness",
     "current_learning_rates",
+    "directional_sharpness",
     "fisher_trace",
     "gradient_noise",
     "hessian_trace",

@@ -16,6 +16,7 @@ _CHOICES = {"operator": Operator, "which": Which, "method": TraceMethod, "norm":
 _LEAST = {
     "k": 1,
     "max_products": 1,
+    "max_passes": 4,
     "num_products": 4,
     "num_runs": 2,
     "num_steps": 1,

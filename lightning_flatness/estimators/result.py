@@ -23,6 +23,7 @@ class Estimate:
         num_products: Hessian-vector products spent.
         standard_error: The error for the whole set that the samples were drawn from, that of random probes included;
             None where it is not known.
+        remark: What there is to say about the value, as the end of a sentence that begins with its name.
     """
 
     value: Tensor
@@ -30,6 +31,7 @@ class Estimate:
     converged: bool
     num_products: int
     standard_error: Tensor | None = field(default=None, kw_only=True)
+    remark: str = field(default="", kw_only=True)
 
 
 def scalar_estimate(

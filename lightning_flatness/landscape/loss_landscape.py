@@ -28,6 +28,7 @@ from lightning_flatness.landscape.options import EngineName, check_options
 from lightning_flatness.landscape.output_loss import output_loss_of
 from lightning_flatness.landscape.point import Point
 from lightning_flatness.landscape.samples import Samples
+from lightning_flatness.landscape.update import OptimizerStep
 from lightning_flatness.module.loss import LossFunction, measured_parameters, training_step_of
 from lightning_flatness.module.modes import Mode
 from lightning_flatness.module.sharding import check_gathered, check_sharding, reshard
@@ -43,9 +44,8 @@ class LossLandscape:
     or tensor parallelism are gathered on every rank for a measurement, in the precision in which they are stored: it
     then holds the weights in full besides its vectors.
 
-    Evaluations leave modes, buffers, ``.grad``, random number generators, torchmetrics, plain attributes and loggers as
-    they were, also when one raises. A batch sees the same random numbers in every evaluation, so that the loss is one
-    function of the weights, with dropout too.
+    Evaluations leave modes, buffers, ``.grad``, generators, torchmetrics, attributes and loggers as they were, even if
+    one raises. A batch sees the same random numbers in every evaluation: the loss is one function, with dropout too.
 
     Args:
         module: Any ``nn.Module``. Its weights may change between measurements; see :meth:`measurement`.
@@ -69,6 +69,7 @@ class LossLandscape:
         num_total: Number of samples of the whole training set, for standard errors; :func:`draw_probe` knows it.
         parameters: The weights by name, frozen ones too: patterns such as ``"encoder.*,head.*"`` or a list of them;
             ``"*"`` means all. Default: the trainable ones.
+        update: The last optimizer step, for measures along its update.
 
     Attributes:
         samples: The batches and their number of samples.
@@ -112,14 +113,14 @@ class LossLandscape:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         num_total: int | None = None,
         parameters: str | Sequence[str] | None = None,
+        update: OptimizerStep | None = None,
     ) -> None:
         check_options(mode, engine)
         self._module = module.module if isinstance(module, DistributedDataParallel) else module
         self.loss_fn = loss_fn if loss_fn is not None else training_step_of(self._module)
         self.mode: Mode = mode
-        self.graph_memory = graph_memory
-        self.seed = seed
-        self.optimizer = optimizer
+        self.graph_memory, self.seed = graph_memory, seed
+        self.optimizer, self.update = optimizer, update
         reshard(self._module)
         self._parameters = measured_parameters(self._module, parameters)
         self.num_parameters = sum(p.numel() for p in self._parameters)
@@ -127,8 +128,7 @@ class LossLandscape:
         self.dtype = vector_dtype(self._parameters)
         check_sharding(self._module, self.num_parameters, self.device)
         self.samples = Samples.read(batches, batch_size_fn, self.device, num_total)
-        self.cost = Cost()
-        self.operators = Operators()
+        self.cost, self.operators = Cost(), Operators()
         self.on_evaluation: Callable[[], None] | None = None
         self._products = Products(engine)
         self._loss: BatchedLoss | None = None  # in a measurement

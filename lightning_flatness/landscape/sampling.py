@@ -34,6 +34,7 @@ class SampleLosses:
 
     Args:
         landscape: The loss, inside one of its measurements.
+        value: The loss of all samples, if it is known.
 
     Attributes:
         value: The loss of all samples.
@@ -42,14 +43,14 @@ class SampleLosses:
         sizes: Samples in each group.
     """
 
-    def __init__(self, landscape: LossLandscape) -> None:
+    def __init__(self, landscape: LossLandscape, value: float | None = None) -> None:
         self._landscape = landscape
         loss = landscape.batched_loss
         self._pieces: list[tuple[int, Any]] | None = None
         self._is_checked = False
         self.at_weights = self._by_sample()
         self.sizes = torch.ones(sum(loss.samples.sizes), dtype=torch.float64, device="cpu")
-        self.value = float(landscape.loss())
+        self.value = float(landscape.loss()) if value is None else value
         if not abs(self._mean(self.at_weights) - self.value) <= _SAME_LOSS * abs(self.value):
             self._divide()
         self.typical = math.sqrt(self._mean(self.at_weights.square()))

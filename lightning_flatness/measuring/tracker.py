@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_flatness.callbacks.probe import MAX_DEFAULT_BATCH_SIZE, draw_probe
 from lightning_flatness.callbacks.transfer import transferred
 from lightning_flatness.estimators import TOLERANCE
-from lightning_flatness.landscape import LossLandscape
+from lightning_flatness.landscape import LossLandscape, OptimizerStep
 from lightning_flatness.landscape.options import EngineName, check_options
 from lightning_flatness.landscape.ranks import rank_and_world_size
 from lightning_flatness.measuring.recipes import is_a
@@ -112,11 +112,12 @@ class FlatnessTracker:
         self.metrics = chosen(metrics, top_k=top_k, tol=tol, seed=seed, geometry=geometry, optimizers=self.optimizers)
         self.probe = _probe(module, data, probe_size, probe_batch_size, mode, seed)
 
-    def measure(self, step: int | None = None) -> FlatnessReport:
+    def measure(self, step: int | None = None, update: OptimizerStep | None = None) -> FlatnessReport:
         """Measure at the current weights, and log.
 
         Args:
             step: Optimizer steps behind the weights; without it nothing is logged.
+            update: The last of them, for measures along its update, which are left out without it.
 
         Returns:
             Values, errors and cost.
@@ -131,6 +132,7 @@ class FlatnessTracker:
             seed=self.seed,
             optimizer=self.optimizers,
             parameters=self.parameters,
+            update=update,
         )
         landscape.on_evaluation = self.on_evaluation
         found = measure_metrics(self.metrics, landscape, self.optimizers, skips_undefined=self.is_preset)

@@ -2,6 +2,7 @@
 
 from lightning_flatness.metrics.base import FlatnessMetric
 from lightning_flatness.metrics.batch import BatchSharpness
+from lightning_flatness.metrics.critical import CriticalSharpness, DirectionalSharpness
 from lightning_flatness.metrics.density import SpectralDensity
 from lightning_flatness.metrics.eigenvalues import InvariantSharpness, TopEigenvalues
 from lightning_flatness.metrics.gradient_noise import FisherTrace, GradientNoise, NoiseCurvatureRatio
@@ -16,6 +17,8 @@ __all__ = [
     "AverageCaseSharpness",
     "BasisPathBalance",
     "BatchSharpness",
+    "CriticalSharpness",
+    "DirectionalSharpness",
     "FisherTrace",
     "FlatnessMetric",
     "GradientNoise",

@@ -71,6 +71,8 @@ class FlatnessMetric(Metric):
         least: The smallest values of counts where the estimator needs more than others.
         error_name: ``"residual"``, ``"numerical_error"`` or ``"first_order_gap"``: what ``error`` is called in logs.
         effort: The argument to raise where the metric does not converge.
+        follows_update: Whether it needs the last optimizer step.
+        remark: What there is to say about the latest value; empty for none.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -83,6 +85,7 @@ class FlatnessMetric(Metric):
     least: ClassVar[dict[str, int]] = {}
     error_name: ClassVar[str] = "residual"
     effort: ClassVar[str] = "max_products"
+    follows_update: ClassVar[bool] = False
 
     value: Tensor
     error: Tensor
@@ -95,6 +98,7 @@ class FlatnessMetric(Metric):
         check_arguments(settings, self.least)
         super().__init__(sync_on_compute=False)
         self.start: Tensor | None = None
+        self.remark = ""
         if "geometry" in settings:
             settings["geometry"] = resolve_geometry(settings["geometry"])
         self._names = tuple(settings)
@@ -160,6 +164,7 @@ class FlatnessMetric(Metric):
         self.standard_error = unknown if known is None else known.to(dtype).to(self.device)
         self.converged = torch.tensor(result.converged, device=self.device)
         self.num_products = torch.tensor(result.num_products, device=self.device)
+        self.remark = getattr(result, "remark", "")
 
     def compute(self) -> Tensor:
         """Return the value of the latest measurement."""

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_flatness.estimators import LearningRates, NonFiniteProductError, UndefinedMeasureError
 from lightning_flatness.geometry import MissingOptimizerStateError
-from lightning_flatness.landscape import LossLandscape
+from lightning_flatness.landscape import LossLandscape, MissingUpdateError
 from lightning_flatness.metrics.base import Curve, FlatnessMetric
 from lightning_flatness.metrics.batch import BatchSharpness
 from lightning_flatness.module.loss import NonFiniteLossError
@@ -58,8 +58,8 @@ def measure_metrics(
         optimizers: What trains the module; the edge of stability is theirs.
         learning_rates: Those of the step just taken; default: the present ones.
         batch_size: Samples behind one optimizer step, for :class:`BatchSharpness`.
-        skips_undefined: Leave out, with a remark, what is not defined for the module, instead of raising. A metric in
-            the geometry of an optimizer that has taken no step yet is left out in any case.
+        skips_undefined: Leave out, with a remark, what is not defined for the module, instead of raising. A metric that
+            needs a step of the optimizer is left out in any case before the first one.
         allow_non_finite: Where the loss or its derivatives are not finite, values and errors are NaN, instead of
             raising.
 
@@ -79,7 +79,7 @@ def measure_metrics(
                 metric.run_batch_size = batch_size
             try:
                 metric.to(landscape.device).update(landscape)
-            except MissingOptimizerStateError:  # before the first optimizer step
+            except (MissingOptimizerStateError, MissingUpdateError):  # before the first optimizer step
                 continue
             except UndefinedMeasureError as error:
                 if not skips_undefined:
@@ -109,7 +109,9 @@ def _add(measured: Measurement, name: str, metric: FlatnessMetric) -> None:
             measured.errors[curve.name]["standard_error"] = curve.standard_error
     if (figure := metric.figure()) is not None:
         measured.figures[name] = figure
-    if not metric.converged and not all(math.isnan(c.value) for c in curves):
+    if metric.remark:
+        measured.remarks[name] = metric.remark
+    elif not metric.converged and not all(math.isnan(c.value) for c in curves):
         measured.remarks[name] = _remark(metric, curves)
 
 

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from lightning_flatness.estimators import TOLERANCE
 from lightning_flatness.metrics.base import FlatnessMetric
 from lightning_flatness.metrics.batch import BatchSharpness
+from lightning_flatness.metrics.critical import CriticalSharpness, DirectionalSharpness
 from lightning_flatness.metrics.density import SpectralDensity
 from lightning_flatness.metrics.eigenvalues import InvariantSharpness, TopEigenvalues
 from lightning_flatness.metrics.gradient_noise import FisherTrace, GradientNoise, NoiseCurvatureRatio
@@ -35,6 +36,8 @@ TYPICAL_COSTS: dict[str, tuple[int, int, int]] = {
     "fisher_trace": (2, 2, 2),
     "noise_curvature_ratio": (112, 112, 112),
     "batch_sharpness": (4, 4, 4),
+    "critical_sharpness": (0, 3, 2),
+    "directional_sharpness": (0, 4, 4),
 }
 """Gradients of the loss per measurement, before training, after one epoch and after five.
 
@@ -69,6 +72,8 @@ def preset_metrics(
     fisher_trace                 2           ``FisherTrace()``
     noise_curvature_ratio        112         ``NoiseCurvatureRatio()``
     batch_sharpness              4           ``BatchSharpness()``
+    critical_sharpness           0, 3, 2     ``CriticalSharpness()``
+    directional_sharpness        0, 4, 4     ``DirectionalSharpness()``
     ============================ =========== =====================================================
 
     ``"default"`` has the first two, ``"all"`` all of them, about 1,600 gradients: use that at checkpoints or every n-th
@@ -111,6 +116,8 @@ def preset_metrics(
             "fisher_trace": FisherTrace(),
             "noise_curvature_ratio": NoiseCurvatureRatio(seed=seed),
             "batch_sharpness": BatchSharpness(),
+            "critical_sharpness": CriticalSharpness(),
+            "directional_sharpness": DirectionalSharpness(),
         }
     return metrics
 

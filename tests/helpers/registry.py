@@ -13,6 +13,8 @@ from lightning_flatness import (
     AverageCaseSharpness,
     BasisPathBalance,
     BatchSharpness,
+    CriticalSharpness,
+    DirectionalSharpness,
     FisherTrace,
     GradientNoise,
     HessianTrace,
@@ -20,6 +22,7 @@ from lightning_flatness import (
     LossLandscape,
     MinimumSharpness,
     NoiseCurvatureRatio,
+    OptimizerStep,
     OutputLoss,
     PSISharpness,
     RelativeFlatness,
@@ -45,6 +48,8 @@ METRICS: dict[str, Callable[[], FlatnessMetric]] = {
     "MinimumSharpness": lambda: MinimumSharpness(num_products=16),
     "GradientNoise": GradientNoise,
     "FisherTrace": lambda: FisherTrace("layer"),
+    "CriticalSharpness": CriticalSharpness,
+    "DirectionalSharpness": DirectionalSharpness,
     "BatchSharpness": lambda: BatchSharpness(batch_size=4),
     "PSISharpness": PSISharpness,
     "PSISharpness(path)": lambda: PSISharpness(geometry="path"),
@@ -81,9 +86,10 @@ def _make_landscape(
         shard(module)
     optimizer = torch.optim.Adam(module.parameters())
     F.cross_entropy(module(x), y).backward()
-    optimizer.step()
+    with OptimizerStep(optimizer) as update:
+        optimizer.step()
     optimizer.zero_grad()
     shares: list[tuple[Tensor, Tensor]] = list(
         zip(x[rank::world_size].split(5), y[rank::world_size].split(5), strict=True)
     )
-    return LossLandscape(module, shares, OutputLoss(F.cross_entropy), optimizer=optimizer, **options)
+    return LossLandscape(module, shares, OutputLoss(F.cross_entropy), optimizer=optimizer, update=update, **options)
