@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_flatness.callbacks.budget import percent
+from lightning_flatness.metrics.layered import of_whole_networks
 from lightning_flatness.metrics.measurement import Measurement
 
 BUDGET = 0.1
@@ -56,7 +57,7 @@ def summarize(
         budget: What it was allowed to take.
 
     Returns:
-        A line of what was measured, a line per value, and a line per piece of advice.
+        A line of what was measured, a line per value of the whole network, and a line per piece of advice.
 
     Example:
         >>> first = Measurement({"lambda_max": 1.0}, {"lambda_max": {"residual": 0.1}})
@@ -71,7 +72,7 @@ def summarize(
         return "Nothing was measured."
     plural = "" if len(history) == 1 else "s"
     lines = [f"{len(history)} measurement{plural} of the {weights} weights on {num_samples} samples, mode {mode!r}:"]
-    for name in dict.fromkeys(name for _, measured in history for name in measured.values):
+    for name in of_whole_networks(dict.fromkeys(name for _, measured in history for name in measured.values)):
         points = [(step, measured) for step, measured in history if name in measured.values]
         ends = [points[0], points[-1]] if len(points) > 1 else points
         lines.append(f"  {name}: " + ", ".join(f"{_with_error(measured, name)} at step {s}" for s, measured in ends))
@@ -109,7 +110,8 @@ def advice(
             f"this size would diverge along the sharpest direction. A learning rate {max(edges):.2g} times smaller is "
             "below the edge."
         )
-    for name, value in last.values.items():
+    for name in of_whole_networks(last.values):
+        value = last.values[name]
         error = last.errors.get(name, {}).get("standard_error", 0.0)
         if value and error > _LARGEST_RELATIVE_ERROR * abs(value):
             ratio = error / abs(value)

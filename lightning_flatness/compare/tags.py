@@ -40,9 +40,12 @@ def error_of(run: Run, tag: str, kind: str) -> Curve | None:
     Returns:
         ``flatness_errors/lambda_max_residual``, or where version 0.1 logged it; None if there is none.
     """
-    group, _, name = tag.rpartition("/")
-    found = run.curves.get(f"{group or FLATNESS_PREFIX.rstrip('/')}_errors/{name}_{kind}")
-    return run.curves.get(f"{tag}_{kind}") if found is None else found
+    parts = tag.split("/")
+    if len(parts) == 1:
+        parts = [FLATNESS_PREFIX.rstrip("/"), tag]
+    splits = [("/".join(parts[:i]), "/".join(parts[i:])) for i in range(len(parts) - 1, 0, -1)]  # a layer has two
+    names = [*(f"{group}_errors/{name}_{kind}" for group, name in splits), f"{tag}_{kind}"]
+    return next((run.curves[name] for name in names if name in run.curves), None)
 
 
 def find_loss_tag(runs: Sequence[Run], wanted: str | None = None) -> str | None:
@@ -73,16 +76,17 @@ def is_part_of_another(run: Run, runs: Sequence[Run], loss_tag: str | None) -> b
 def default_metrics(runs: Sequence[Run], loss_tag: str | None) -> list[str]:
     """Return lambda_max, invariant sharpness, other flatness curves, the training loss, validation and test.
 
-    Those that any run has, in this order.
+    Those that any run has, in this order, without those of single layers: ``flatness/hessian_trace/encoder.0``.
 
     Raises:
         NothingToCompareError: If there is none of them.
     """
     known = _known(runs)
     first = [FLATNESS_PREFIX + name for name in ("lambda_max", "invariant_sharpness")]
-    flatness = [tag for tag in known if tag.startswith(FLATNESS_PREFIX) and not _NOT_A_MEASURE.search(tag)]
+    measures = [tag for tag in known if not _NOT_A_MEASURE.search(tag)]
+    flatness = [tag for tag in measures if tag.startswith(FLATNESS_PREFIX) and tag.rpartition("/")[0] not in known]
     flatness.sort(key=lambda tag: (first.index(tag) if tag in first else len(first), tag))
-    others = [tag for tag in known if tag not in flatness and not _NOT_A_MEASURE.search(tag)]
+    others = [tag for tag in measures if not tag.startswith(FLATNESS_PREFIX)]
     evaluation = [tag for tag in others if _EVALUATION.search(tag) and not tag.endswith("_step")]
     loss = [loss_tag] if loss_tag is not None and loss_tag not in evaluation else []
     tags = [*flatness, *loss, *evaluation]

@@ -6,7 +6,7 @@ from lightning_flatness.estimators.balance import basis_path_balance
 from lightning_flatness.estimators.batch import batch_sharpness
 from lightning_flatness.estimators.critical import critical_sharpness, directional_sharpness
 from lightning_flatness.estimators.density import DensityResult, spectral_density
-from lightning_flatness.estimators.eigenvalues import top_eigenvalues
+from lightning_flatness.estimators.eigenvalues import LayerEigenvalues, layer_eigenvalues, top_eigenvalues
 from lightning_flatness.estimators.krylov.lanczos import TOLERANCE, lanczos
 from lightning_flatness.estimators.krylov.solver import EigenResult, Which
 from lightning_flatness.estimators.minimum import MinimumSharpnessResult, minimum_sharpness
@@ -20,7 +20,7 @@ from lightning_flatness.estimators.stability import (
     stability_band,
     stability_edge,
 )
-from lightning_flatness.estimators.trace import hessian_trace, stochastic_trace
+from lightning_flatness.estimators.trace import LayeredEstimate, hessian_trace, stochastic_trace
 from lightning_flatness.estimators.undefined import UndefinedMeasureError
 from lightning_flatness.estimators.worst_case import worst_case_sharpness
 
@@ -30,6 +30,8 @@ __all__ = [
     "DensityResult",
     "EigenResult",
     "Estimate",
+    "LayerEigenvalues",
+    "LayeredEstimate",
     "LearningRates",
     "MinimumSharpnessResult",
     "NonFiniteProductError",
@@ -47,6 +49,7 @@ __all__ = [
     "gradient_noise",
     "hessian_trace",
     "lanczos",
+    "layer_eigenvalues",
     "minimum_sharpness",
     "noise_curvature_ratio",
     "relative_flatness",

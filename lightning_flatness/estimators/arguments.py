@@ -47,6 +47,8 @@ def check_arguments(arguments: Mapping[str, Any], least: Mapping[str, int] | Non
             raise ValueError(f"Expected `{name}` to be an integer >= {least_value}{_WHY.get(name, '')}, got {value!r}.")
         if name == "seed" and not isinstance(value, int):
             raise ValueError(f"Expected `seed` to be an integer, got {value!r}.")
+        if name == "per_layer" and not isinstance(value, bool):
+            raise ValueError(f"Expected `per_layer` to be True or False, got {value!r}.")
         if name == "tol" and not value >= 0:
             raise ValueError(f"Expected `tol` to be >= 0, got {value}.")
         if name == "width" and not value > 0:

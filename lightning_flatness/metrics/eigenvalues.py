@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_flatness.estimators import (
     TOLERANCE,
     Estimate,
+    LayeredEstimate,
     LearningRates,
     Operator,
     Which,
+    layer_eigenvalues,
     stability_edge,
     top_eigenvalues,
 )
@@ -23,16 +26,16 @@ from lightning_flatness.estimators.krylov.basis import mixed
 from lightning_flatness.estimators.sampling import eigenvalue_standard_errors
 from lightning_flatness.geometry import Euclidean, Geometry, OptimizerGeometry, is_preconditioned
 from lightning_flatness.landscape import LossLandscape
-from lightning_flatness.metrics.base import Curve, FlatnessMetric, arguments
+from lightning_flatness.metrics.base import Curve, arguments
+from lightning_flatness.metrics.layered import LayeredMetric
 
 
-class EigenvalueMetric(FlatnessMetric):
+class EigenvalueMetric(LayeredMetric):
     """A metric of eigenvalues. A measurement starts from the eigenvectors of the previous one: ``start``."""
 
     estimator = staticmethod(top_eigenvalues)
 
     k: int
-    geometry: Geometry
     which: Which
     operator: Operator
 
@@ -46,14 +49,16 @@ class EigenvalueMetric(FlatnessMetric):
         start = None if self.start is None else self.start.to(landscape.device)
         result = self.estimator(landscape, start=start, **self.settings)
         self.start = mixed(result.subspace, self.k)  # all that a start takes from them, in the memory of one
-        errors = None
-        if self.operator == "hessian":
-            chart = landscape.chart(self.geometry)
-            errors = eigenvalue_standard_errors(landscape, chart, result.eigenvalues, result.eigenvectors)
+        errors = self._standard_errors(landscape, result.eigenvalues, result.eigenvectors)
         found = Estimate(
             result.eigenvalues, result.residuals, result.converged, result.num_products, standard_error=errors
         )
         return self.summarized(found)
+
+    def _standard_errors(self, landscape: LossLandscape, values: Tensor, vectors: Iterable[Tensor]) -> Tensor:
+        if self.operator != "hessian":
+            return torch.full_like(values, math.nan)
+        return eigenvalue_standard_errors(landscape, landscape.chart(self.geometry), values, vectors)
 
     def summarized(self, estimate: Estimate) -> Estimate:
         """Return the value of the metric, given the eigenvalues and their residuals."""
@@ -72,6 +77,12 @@ class TopEigenvalues(EigenvalueMetric):
     start, half of that when an earlier ``update`` and the gradient provide the start. Memory: the basis, a few tens of
     vectors at most.
 
+    With ``per_layer=True`` the value has the shape (k + layers,): behind the k eigenvalues follows the most wanted one
+    of the diagonal block of every layer, of every module that holds weights itself. Names are in ``layers``, curves are
+    ``flatness/lambda_max/encoder.0`` and the like. By interlacing no layer is sharper than the whole. Every layer costs
+    as much as the whole, since a product with one layer's weights mixes all of them: about 20 gradients each, half of
+    that later on. Converged means that all have.
+
     Args:
         k: Number of eigenvalues.
         geometry: ``"euclidean"``, ``"layer"``, ``"filter"``, ``"element"``, or a ``Geometry``.
@@ -84,6 +95,7 @@ class TopEigenvalues(EigenvalueMetric):
         operator: ``"hessian"``, or ``"ggn"`` for the Gauss-Newton matrix, which needs an :class:`OutputLoss`.
         shared_start: Start from the sharpest directions that another metric has found in another geometry, in the same
             measurement. Saves products; the value then depends on that metric, within its residual.
+        per_layer: Return the most wanted eigenvalue of every layer, too.
 
     Raises:
         ValueError: If an argument is out of range. ``k`` is checked against the number of parameters in ``update``.
@@ -111,13 +123,37 @@ class TopEigenvalues(EigenvalueMetric):
         seed: int = 0,
         operator: Operator = "hessian",
         shared_start: bool = False,
+        per_layer: bool = False,
     ) -> None:
         super().__init__(shape=(k,), **arguments(locals()))
 
+    def estimate(self, landscape: LossLandscape) -> Estimate:
+        """Find the eigenvalues, then those of the layers."""
+        if not self.per_layer:
+            return super().estimate(landscape)
+        previous = self.start
+        self.start = None if previous is None else previous[0]
+        whole = super().estimate(landscape)
+        names = ("operator", "which", "tol", "max_products", "max_basis", "seed")
+        settings = {name: getattr(self, name) for name in names}
+        start = None if previous is None else previous[1].to(landscape.device)
+        found = layer_eigenvalues(landscape, self.geometry, start=start, **settings)
+        assert self.start is not None
+        assert whole.standard_error is not None
+        self.start = torch.stack([self.start, found.directions])
+        errors = self._standard_errors(landscape, found.eigenvalues, found.vectors())
+        return LayeredEstimate(
+            torch.cat([whole.value, found.eigenvalues]),
+            torch.cat([whole.error, found.residuals]),
+            whole.converged and found.converged,
+            whole.num_products + found.num_products,
+            standard_error=torch.cat([whole.standard_error, errors]),
+            layers=tuple(found.layers),
+        )
+
     def curves(self, name: str) -> list[Curve]:
-        """Return a point per eigenvalue."""
-        numbers = torch.stack([self.value, self.error, self.standard_error], dim=1).tolist()
-        return [Curve(curve, *point) for curve, point in zip(self._curve_names(name), numbers, strict=True)]
+        """Return a point per eigenvalue, and one per layer."""
+        return self.layered_curves(self._curve_names(name), name)
 
     def charts(self, name: str, optimizers: Sequence[Optimizer]) -> dict[str, list[str]]:
         """Return the chart of lambda_max with the edge of the optimizers' stability, and that of all eigenvalues."""

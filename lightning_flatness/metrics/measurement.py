@@ -14,6 +14,7 @@ from lightning_flatness.geometry import MissingOptimizerStateError
 from lightning_flatness.landscape import LossLandscape, MissingUpdateError
 from lightning_flatness.metrics.base import Curve, FlatnessMetric
 from lightning_flatness.metrics.batch import BatchSharpness
+from lightning_flatness.metrics.layered import of_whole_networks
 from lightning_flatness.module.loss import NonFiniteLossError
 
 
@@ -117,7 +118,10 @@ def _add(measured: Measurement, name: str, metric: FlatnessMetric) -> None:
 
 def _remark(metric: FlatnessMetric, curves: list[Curve]) -> str:
     """Say what has not converged, why, and what to do."""
-    reached = ", ".join(f"{c.name} {c.value:.2g}, {c.name}_{metric.error_name} {c.error:.2g}" for c in curves)
+    whole = set(of_whole_networks(c.name for c in curves))
+    layers = sorted((c for c in curves if c.name not in whole), key=lambda c: -c.error / max(abs(c.value), 1e-30))
+    shown = [*(c for c in curves if c.name in whole), *layers[:1]]  # the worst of them
+    reached = ", ".join(f"{c.name} {c.value:.2g}, {c.name}_{metric.error_name} {c.error:.2g}" for c in shown)
     num_products, cost = int(metric.num_products), float(metric.gradient_evaluations)
     if num_products < metric.settings.get("max_products", 0):
         return (

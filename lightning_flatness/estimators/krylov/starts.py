@@ -79,6 +79,30 @@ def start_noise(landscape: LossLandscape, previous: Tensor | None, *, shared: bo
     return _NOISE if knows_directions else _NOISE_BESIDE_THE_GRADIENT
 
 
+def start_in_block(
+    landscape: LossLandscape, chart: Chart, previous: Tensor | None, block: slice, *, operator: Operator, which: Which
+) -> tuple[Tensor | None, float]:
+    """Return the start for the eigenvector of a diagonal block, and the length of the random vector to add to it.
+
+    Args:
+        landscape: The loss, inside one of its measurements.
+        chart: The coordinates.
+        previous: Eigenvectors of blocks of an earlier measurement, behind each other.
+        block: The coordinates of the block.
+        operator: The curvature.
+        which: Which eigenvector is wanted.
+
+    Returns:
+        Start and noise as of :func:`start_vector` and :func:`start_noise`, for one eigenvector.
+    """
+    known = None if previous is None else previous[block]
+    noise = _NOISE_BESIDE_THE_GRADIENT if known is None else _NOISE
+    if which == "SA" or operator == "ggn":
+        return known, noise
+    gradient = chart.pull_back(landscape.gradient(keep_graphs=True))[block]
+    return gradient if known is None else _added(known, gradient), noise
+
+
 def remember_covectors(landscape: LossLandscape, chart: Chart, eigenvectors: Tensor) -> None:
     """Store the sharpest directions of a linear chart for the next geometry, unless as many are stored already."""
     known = landscape.batched_loss.point.sharp_covectors
