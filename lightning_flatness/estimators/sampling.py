@@ -45,7 +45,7 @@ def eigenvalue_standard_errors(
     Returns:
         Shape (k,); not a number where it is not known.
     """
-    known = _known_in_advance(landscape)
+    known = known_in_advance(landscape)
     if known is None:
         losses = SampleLosses(landscape)
         pairs = zip(values.tolist(), vectors, strict=True)
@@ -78,48 +78,12 @@ def trace_standard_error(
     Returns:
         The error; not a number where it is not known.
     """
-    known = math.nan if operator != "hessian" else _known_in_advance(landscape)
+    known = math.nan if operator != "hessian" else known_in_advance(landscape)
     if known is not None:
         return known
     generator = torch.Generator(device="cpu").manual_seed(seed + 1)
     directions = [rademacher(size, generator, landscape.dtype, landscape.device) for _ in range(NUM_PROBES)]
     return _of_curvature(landscape, SampleLosses(landscape), displacement, directions, value)
-
-
-def layer_trace_standard_errors(
-    landscape: LossLandscape, chart: Chart, blocks: Sequence[slice], operator: Operator, seed: int
-) -> Tensor:
-    """Return the standard errors that the samples give to the trace and to those of diagonal blocks.
-
-    Of ``vᵀ P H_g v`` with random signs v and the projection P on a block, over groups g of samples: 25 gradients.
-
-    Args:
-        landscape: The loss, inside one of its measurements.
-        chart: The coordinates.
-        blocks: Coordinates of the blocks: of whole parameters.
-        operator: Which one's; only the Hessian's errors are known.
-        seed: Of the directions.
-
-    Returns:
-        Shape (1 + blocks,), in float64 on the CPU; not numbers where they are not known.
-    """
-    known = math.nan if operator != "hessian" else _known_in_advance(landscape)
-    if any(p.dtype != landscape.dtype for p in landscape.parameters) or landscape.engine == "finite_difference":
-        known = math.nan  # autograd cannot differentiate twice, and may not notice
-    if known is not None:
-        return torch.full((1 + len(blocks),), known, dtype=torch.float64, device="cpu")
-    generator = torch.Generator(device="cpu").manual_seed(seed + 1)
-    losses, found = SampleLosses(landscape), []
-    for _ in range(NUM_PROBES):
-        v = rademacher(chart.num_coordinates, generator, landscape.dtype, landscape.device)
-        found.append(losses.second_derivatives_by_tensor(chart.displacement(v)))
-    of_tensors = torch.stack(found)  # (probes, tensors, groups)
-    ends = torch.tensor([p.numel() for p in landscape.parameters], device="cpu").cumsum(0)
-    inside = [[block.start < int(end) <= block.stop for end in ends] for block in blocks]
-    chosen = torch.tensor([[True] * len(ends), *inside], dtype=torch.float64, device="cpu")
-    by_block = torch.einsum("bt,ptg->bpg", chosen, of_tensors)
-    errors = [losses.standard_error(bends) for bends in by_block]
-    return torch.tensor(errors, dtype=torch.float64, device="cpu")
 
 
 def average_rise_standard_error(landscape: LossLandscape, chart: Chart, rho: float, seed: int) -> float:
@@ -133,7 +97,7 @@ def average_rise_standard_error(landscape: LossLandscape, chart: Chart, rho: flo
         rho: Root mean square length of the noise.
         seed: Of the noise.
     """
-    known = _known_in_advance(landscape)
+    known = known_in_advance(landscape)
     if known is not None:
         return known
     losses = SampleLosses(landscape)
@@ -156,7 +120,7 @@ def rise_standard_error(landscape: LossLandscape, displacement: Tensor) -> float
         landscape: The loss, inside one of its measurements.
         displacement: From the weights to the other point.
     """
-    known = _known_in_advance(landscape)
+    known = known_in_advance(landscape)
     if known is not None:
         return known
     losses = SampleLosses(landscape)
@@ -174,7 +138,7 @@ def crossing_standard_error(landscape: LossLandscape, displacement: Tensor, loss
         loss: The loss at the weights.
         slope: The derivative of the loss there, in the units of the answer.
     """
-    known = _known_in_advance(landscape)
+    known = known_in_advance(landscape)
     if known is not None:
         return known
     losses = SampleLosses(landscape, loss)
@@ -192,7 +156,7 @@ def quotient_standard_errors(landscape: LossLandscape, v: Tensor, bend: float, s
         bend: ``vᵀ H v``.
         slope: ``vᵀ g``.
     """
-    known = _known_in_advance(landscape)
+    known = known_in_advance(landscape)
     if known is not None:
         return known, known
     if any(p.dtype != landscape.dtype for p in landscape.parameters) or bend == 0 or slope == 0:
@@ -214,7 +178,7 @@ def of_parts(landscape: LossLandscape, values: Sequence[float]) -> float:
         landscape: The loss.
         values: The measure on each part.
     """
-    known = _known_in_advance(landscape)
+    known = known_in_advance(landscape)
     if known is not None or len(values) < LEAST_GROUPS:
         return math.nan if known is None else known
     deviation = float(torch.tensor(values, dtype=torch.float64, device="cpu").std())
@@ -239,7 +203,7 @@ def moment_standard_errors(
     Returns:
         Shape (2,), in float64 on the CPU; not numbers where they are not known.
     """
-    known = _known_in_advance(landscape)
+    known = known_in_advance(landscape)
     if known is not None:
         return torch.full((2,), known, dtype=torch.float64, device="cpu")
     size, losses = chart.num_coordinates, SampleLosses(landscape)
@@ -260,7 +224,7 @@ def moment_standard_errors(
     return torch.tensor(errors, dtype=torch.float64, device="cpu")
 
 
-def _known_in_advance(landscape: LossLandscape) -> float | None:
+def known_in_advance(landscape: LossLandscape) -> float | None:
     """Return an error that takes no evaluation: none if all samples are seen, not a number if there are too few."""
     if landscape.samples.unseen_share == 0:
         return 0.0

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from lightning_flatness.estimators.arguments import TraceMethod, check_arguments
 from lightning_flatness.estimators.krylov.basis import Basis
+from lightning_flatness.estimators.layer_errors import layer_trace_standard_errors
 from lightning_flatness.estimators.layers import layers_in
 from lightning_flatness.estimators.operators import Operator, check_finite, curvature_product, rademacher, unit_vector
 from lightning_flatness.estimators.result import Estimate, mean_and_error
-from lightning_flatness.estimators.sampling import layer_trace_standard_errors, trace_standard_error
+from lightning_flatness.estimators.sampling import trace_standard_error
 from lightning_flatness.geometry import Geometry
 from lightning_flatness.landscape import LossLandscape
 
