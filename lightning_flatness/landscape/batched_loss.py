@@ -16,6 +16,7 @@ from lightning_flatness.landscape.engines.second_derivatives import Operators
 from lightning_flatness.landscape.point import Point
 from lightning_flatness.landscape.ranks import sum_over_ranks
 from lightning_flatness.landscape.samples import Samples
+from lightning_flatness.module.cross_entropy import CompactCrossEntropy
 from lightning_flatness.module.kernels import DifferentiableWeightNorm
 from lightning_flatness.module.loss import LossFunction, check_finite_loss, check_loss, loss_in
 from lightning_flatness.module.twin import Twin
@@ -100,7 +101,8 @@ class BatchedLoss:
         """
         rewriting = DifferentiableWeightNorm() if self.operators.has_weight_norm else nullcontext()
         batch = self.samples.fresh(index)
-        with self.measured.forward_pass(index), rewriting, _explained():
+        compact = CompactCrossEntropy() if torch.is_grad_enabled() else nullcontext()
+        with self.measured.forward_pass(index), rewriting, compact, _explained():
             output = self.loss_fn(self.module, batch)
         if self.measured.moves_parameters:
             self.point.graphs.close()
@@ -193,10 +195,15 @@ class BatchedLoss:
         return sum_over_ranks(size, self.operators, self.dtype, self.device, self.on_evaluation)
 
     def add(self, views: Sequence[Tensor], index: int, pieces: Sequence[Tensor | None]) -> None:
-        """Add what a batch contributes to a mean over all samples; None stands for zeros."""
-        for view, piece in zip(views, pieces, strict=True):
-            if piece is not None:
-                view.add_(piece.detach(), alpha=self.samples.sizes[index] / self.samples.num_samples)
+        """Add what a batch contributes to a mean over all samples; None stands for zeros.
+
+        A piece that nobody else holds is freed as soon as it is added.
+        """
+        share, left = self.samples.sizes[index] / self.samples.num_samples, [*pieces][::-1]
+        del pieces
+        for view in views:
+            if (piece := left.pop()) is not None:
+                view.add_(piece.detach(), alpha=share)
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Return views of a flat vector, one in the shape of each parameter."""

@@ -44,6 +44,10 @@ def read_checkpoint(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"Expected a checkpoint, got a file that is cut off or none ({reason}).") from error
+    if isinstance(content, dict) and "optimizer_states" in content and weights_only:
+        # Mapped on their own: pages of the weights, once these are copied, do not stay for as long as an optimizer.
+        states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["optimizer_states"]
+        content["optimizer_states"] = states
     if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
         return {"state_dict": content}
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):

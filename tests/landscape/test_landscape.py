@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -65,6 +66,27 @@ def test_kept_graphs_save_gradients_and_are_gone_after_the_measurement():
         assert landscape.cost.num_products == 3
         with pytest.raises(RuntimeError, match=r"Expected a call inside a measurement. Open `with landscape"):
             _ = landscape.batched_loss
+
+
+def test_pieces_of_a_gradient_are_freed_as_they_are_added():
+    """Else the sum and all pieces are there at once: one more copy of the weights."""
+    landscape = landscape_of("relu_convnet")
+    alive: list[int] = []
+    with landscape.measurement():
+        shapes = [p.shape for p in landscape.parameters]
+        references: list[Any] = []
+
+        class View:
+            def add_(self, piece: Tensor, alpha: float) -> None:
+                alive.append(sum(reference() is not None for reference in references))
+
+        def pieces() -> tuple[Tensor, ...]:
+            made = tuple(torch.ones(shape) for shape in shapes)
+            references.extend(map(weakref.ref, made))
+            return made
+
+        landscape.batched_loss.add([View() for _ in shapes], 0, pieces())
+    assert alive == list(range(len(shapes), 0, -1))
 
 
 def test_weights_may_change_between_measurements():

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 
+from lightning_flatness.module.cross_entropy import is_own
 from lightning_flatness.module.loss import graph_nodes
 
 _NO_SECOND_DERIVATIVE = re.compile(
@@ -72,8 +73,8 @@ class Operators:
 
 
 def has_custom_functions(nodes: Iterable[Any]) -> bool:
-    """Return whether a custom ``torch.autograd.Function`` is among the nodes of a graph."""
-    return any(isinstance(node, BackwardCFunction) for node in nodes)
+    """Return whether a custom ``torch.autograd.Function``, none of ours, is among the nodes of a graph."""
+    return any(isinstance(node, BackwardCFunction) and not is_own(node) for node in nodes)
 
 
 @contextmanager
