@@ -161,7 +161,7 @@ class SAM(Optimizer):
     def perturbed(self) -> Iterator[float]:
         """Move the weights inside the block, where forward and backward run, and put them back bit for bit.
 
-        For loops without a closure; with accumulated gradients around each microbatch. Writes to moved weights are undone.
+        For loops without a closure, around each microbatch. What the block writes to weights that have moved is undone.
 
         Yields:
             The Euclidean length of the change of the weights; 0.0 before the first step.

@@ -133,7 +133,7 @@ def without(options: dict[str, Any], *names: str, **changes: Any) -> dict[str, A
     return {name: value for name, value in options.items() if name not in names} | changes
 
 
-KINDS = ("monitor", "sam0", "sam", "sam_monitor")
+KINDS = ("monitor", "sam0", "sam", "sam_monitor", "sam_previous")
 
 
 @dataclass

@@ -182,11 +182,11 @@ def monitor_of(case: Case) -> list[pl.Callback]:
     return [FlatnessMonitor(**(options | own))]
 
 
-def sam_of(case: Case, rho: float) -> list[pl.Callback]:
+def sam_of(case: Case, rho: float, **options: Any) -> list[pl.Callback]:
     """Return the SAM of a case."""
     rng = random.Random(case.seed)
     geometry = rng.choice(("euclidean", "euclidean", "element", "layer"))
-    return [SharpnessAwareMinimization(rho, geometry, interval=rng.choice((1, 1, 2)), start_epoch=0)]
+    return [SharpnessAwareMinimization(rho, geometry, interval=rng.choice((1, 1, 2)), **options)]
 
 
 def check(kind: str, case: Case) -> str:
@@ -239,12 +239,26 @@ def _check_sam_monitor(case: Case) -> str:
     return difference(alone, train(case, lambda: [*monitor_of(case), *sam_of(case, 0.1)])[0])
 
 
+def _check_sam_previous(case: Case) -> str:
+    from fuzz.reference import PlainPrevious
+
+    once = train(case, lambda: sam_of(case, 0.1, ascent="previous"))[0]
+    if not case.all_features("reference"):
+        found = difference(once, train(case, lambda: sam_of(case, 0.1, ascent="previous"))[0])
+        return found and f"not the same twice: {found}"
+    sam: Any = sam_of(case, 0.1)[0]
+    plain = PlainPrevious(sam.rho, sam.geometry, sam.interval)
+    found = difference(train(case, lambda: [plain], plain)[0], once)
+    return found and f"not as in a plain loop: {found}"
+
+
 _CHECKS = {
     "baseline": _check_baseline,
     "monitor": _check_monitor,
     "sam0": _check_sam0,
     "sam": _check_sam,
     "sam_monitor": _check_sam_monitor,
+    "sam_previous": _check_sam_previous,
 }
 
 

@@ -96,6 +96,68 @@ class _Replacing(pl.Callback):
             p.grad = gradient if earlier is None else earlier if gradient is None else earlier + gradient
 
 
+class PlainPrevious(pl.Callback):
+    """SAM along the previous step's gradient: weights moved around each ``training_step`` and its backward pass."""
+
+    def __init__(self, rho: float, geometry: Any, interval: int) -> None:
+        self.rho, self.geometry, self.interval = rho, geometry, interval
+        self.saved: list[tuple[Tensor, Tensor]] = []
+        self.taken: list[tuple[Tensor, Tensor | None]] = []
+
+    def wrap(self, module_class: type) -> type:
+        """Return the class of a module whose ``training_step`` moves its weights."""
+        plain = self
+
+        class Moved(module_class):
+            @functools.wraps(module_class.training_step)  # Lightning looks at the names of its arguments
+            def training_step(self, *args: Any) -> Any:
+                if self.trainer.global_step % plain.interval == 0:
+                    plain.move(self)
+                return super().training_step(*args)
+
+        return Moved
+
+    def move(self, module: Any) -> None:
+        (optimizer,) = module.trainer.optimizers
+        held = [p for p in optimized_parameters(optimizer) if p.requires_grad and KEY in optimizer.state.get(p, {})]
+        before = [(p, p.detach().clone(), p.grad) for p in held]
+        for p in held:
+            p.grad = optimizer.state[p][KEY].clone()
+        with perturbed(held, self.rho, self.geometry, module):
+            moved = [p.detach().clone() for p in held]
+        for (p, _, gradient), there in zip(before, moved, strict=True):
+            p.grad = gradient
+            p.data.copy_(there)
+        self.saved = [(p, weight) for p, weight, _ in before]
+
+    def put_back(self) -> None:
+        for p, weight in self.saved:
+            p.data.copy_(weight)
+        self.saved = []
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.put_back()
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.taken = [
+            (p, None if p.grad is None else p.grad.detach().clone().to_dense()) for p in optimized_parameters(optimizer)
+        ]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.put_back()
+        (optimizer,) = trainer.optimizers
+        if all(g is None or bool(g.isfinite().all()) for _, g in self.taken):
+            for p, gradient in self.taken:
+                if gradient is not None:
+                    optimizer.state[p][KEY] = gradient
+                elif p in optimizer.state:
+                    optimizer.state[p].pop(KEY, None)
+        self.taken = []
+
+
+KEY = "sam_previous_gradient"
+
+
 def _random_states() -> Any:
     return torch.get_rng_state(), np.random.get_state(), random.getstate()
 

@@ -1,4 +1,4 @@
-"""Known limits, and 150 random cases (under SAM each feature occurs); ``run.py`` runs more, and every feature alone."""
+"""Known limits, and 170 random cases (under SAM each feature occurs); ``run.py`` runs more, and every feature alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fuzz.base import KINDS, Case, covering_cases
 from fuzz.checks import check
 from fuzz.features import FEATURES, draw_case, known_limits
 
-NUM_CASES = {"monitor": 60, "sam0": 20, "sam": 50, "sam_monitor": 20}
+NUM_CASES = {"monitor": 60, "sam0": 20, "sam": 50, "sam_monitor": 20, "sam_previous": 20}
 
 
 @pytest.mark.parametrize("name", known_limits())
