@@ -75,15 +75,18 @@ class RecordedStep:
         # Also those of parameters that the optimizer does not hold: they would be counted twice.
         held = (*optimized_parameters(self._trainer.optimizers[0]), *self._module.parameters())
         wrapped = self._trainer.strategy.model
+        distributed = wrapped if isinstance(wrapped, DistributedDataParallel) else None
         for p in {id(p): p for p in held}.values():
             gradient, p.grad = p.grad, None
-            if isinstance(wrapped, DistributedDataParallel):
+            if distributed is not None:
                 # DDP remembers what the microbatches before used, in the second pass or in the first one only, and
                 # expects a gradient there. A gradient that is a view of its bucket would be overwritten by the next
                 # backward.
-                if gradient is not None or (self._trainer.accumulate_grad_batches > 1 and _may_be_unused(p, wrapped)):
+                if gradient is not None or (
+                    self._trainer.accumulate_grad_batches > 1 and _may_be_unused(p, distributed)
+                ):
                     p.grad = torch.zeros_like(p)
-                if gradient is not None and wrapped.gradient_as_bucket_view:
+                if gradient is not None and distributed.gradient_as_bucket_view:
                     gradient = gradient.clone()
             self._aside.append((p, gradient))
 
@@ -95,6 +98,11 @@ class RecordedStep:
                 gradient = torch.zeros_like(p)
                 self._placeholders.append((p, gradient, gradient._version))
             p.grad = gradient
+        self._aside.clear()
+
+    def release(self) -> None:
+        """Let go of the batch and of the state at its start; what holds this object waits for the garbage collector."""
+        self._replay, self._arguments, self._keywords = None, (), {}
         self._aside.clear()
 
     def remove_placeholders(self) -> None:

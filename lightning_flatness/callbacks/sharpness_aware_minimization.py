@@ -230,6 +230,7 @@ class SharpnessAwareMinimization(Callback):
         self.has_perturbed = True
         if loss is not None and step.loss is not None:
             self._means.add(norm, loss - step.loss)
+        step.release()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the gradient of the step, averaged and unscaled, which is the next one's direction."""
@@ -262,6 +263,7 @@ class SharpnessAwareMinimization(Callback):
         self._perturbed_step = None
         if self._step is not None:
             self._step.uninstall()
+            self._step.release()
         self._step = None
         self._first_pass.close()
 

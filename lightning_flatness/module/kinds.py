@@ -11,6 +11,7 @@ import random
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from functools import lru_cache
 from operator import is_
 from types import MemberDescriptorType
 from typing import Any, NamedTuple
@@ -18,6 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+_NUM_CLASSES = 1024
+"""Classes of which is remembered what they are: a second pass asks for each object in reach."""
 
 
 class Kind(NamedTuple):
@@ -75,16 +79,18 @@ def _refill_set(target: Any, saved: set[Any]) -> None:
     set.update(target, saved)
 
 
-def _slots_of(value: Any) -> list[Any]:
-    """Return the descriptors of the slots of an object."""
-    members = [m for c in type(value).__mro__ for m in vars(c).values() if isinstance(m, MemberDescriptorType)]
+@lru_cache(_NUM_CLASSES)
+def _slots_of(cls: type) -> list[Any]:
+    """Return the descriptors of the slots of a class."""
+    members = [m for c in cls.__mro__ for m in vars(c).values() if isinstance(m, MemberDescriptorType)]
     return [m for m in members if m.__name__ not in ("__dict__", "__weakref__")]
 
 
 def slots_in(value: Any) -> dict[Any, Any]:
     """Return the values of the slots of an object that are set, by descriptor."""
+    cls: Any = type(value)
     found = {}
-    for member in _slots_of(value):
+    for member in _slots_of(cls):
         try:
             found[member] = member.__get__(value)
         except AttributeError:
@@ -212,9 +218,15 @@ _CONTAINERS: tuple[tuple[type, Kind], ...] = (
 )
 
 
+@lru_cache(_NUM_CLASSES)
+def _container_kind_of(cls: type) -> Kind | None:
+    return next((kind for base, kind in _CONTAINERS if issubclass(cls, base)), None)
+
+
 def container_kind(value: Any) -> Kind | None:
     """Return the kind of a container whose contents are compared by identity."""
-    return next((kind for base, kind in _CONTAINERS if isinstance(value, base)), None)
+    cls: Any = type(value)
+    return _container_kind_of(cls)
 
 
 def store_kind(value: Any) -> Kind | None:
@@ -223,4 +235,10 @@ def store_kind(value: Any) -> Kind | None:
         return ARRAY if value.flags.writeable else None
     if isinstance(value, array | bytearray):
         return BYTES
-    return next((kind for base, kind in (_GENERATORS | _FILES).items() if isinstance(value, base)), None)
+    cls: Any = type(value)
+    return _store_kind_of(cls)
+
+
+@lru_cache(_NUM_CLASSES)
+def _store_kind_of(cls: type) -> Kind | None:
+    return next((kind for base, kind in (_GENERATORS | _FILES).items() if issubclass(cls, base)), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class ReplayedPass:
         )
         if trainer is not None:
             self._start.add(vars(trainer), DICT)
-        parameters: dict[int, Tensor] = {id(p): p for m in self._start.modules for p in m.parameters(recurse=False)}
+        held = chain.from_iterable(m._parameters.values() for m in self._start.modules)  # what `parameters` looks at
+        parameters: dict[int, Tensor] = {id(p): p for p in held if p is not None}
         self._trained = {id(p) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]}
         for parameter in parameters.values():
             self._start.add(parameter, MARKS)

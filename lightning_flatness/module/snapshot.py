@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import queue
 import sys
+from bisect import bisect_right
 from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from copy import copy, deepcopy
-from functools import partial
-from itertools import accumulate, chain, count, cycle
-from operator import is_
+from functools import lru_cache, partial
+from itertools import accumulate, chain, compress, count, cycle
+from operator import is_not
 from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
@@ -105,17 +106,22 @@ class _Contents:
 
     def _changed_within(self, low: int, high: int) -> Iterator[Entry]:
         holders, starts = self._holders[low:high], self._starts[low : high + 1]
-        saved = [items[starts[0] : starts[-1]] for items in self._items]
-        if list(accumulate(map(len, holders), initial=starts[0])) == starts and all(
-            all(map(is_, chain.from_iterable(map(view, holders)), items))
-            for view, items in zip(self._views, saved, strict=True)
-        ):
-            return
-        if len(holders) == 1:
-            yield holders[0], self._make(*saved), self._kind
-        else:
-            yield from self._changed_within(low, (low + high) // 2)
-            yield from self._changed_within((low + high) // 2, high)
+        sizes = list(map(len, holders))
+        changed = set()
+        if list(accumulate(sizes, initial=starts[0])) != starts:  # item by item only where there are as many
+            changed = {n for n, size in enumerate(sizes) if size != starts[n + 1] - starts[n]}
+        same = [n for n in range(len(holders)) if n not in changed] if changed else range(len(holders))
+        others = [holders[n] for n in same] if changed else holders
+        ends = list(accumulate(map(len, others))) if changed else [end - starts[0] for end in starts[1:]]
+        for view, items in zip(self._views, self._items, strict=True):
+            saved: Iterable[Any] = items[starts[0] : starts[-1]]
+            if changed:
+                saved = chain.from_iterable(items[starts[n] : starts[n + 1]] for n in same)
+            differing = compress(count(), map(is_not, chain.from_iterable(map(view, others)), saved))
+            changed |= {same[bisect_right(ends, position)] for position in differing}
+        for n in sorted(changed):
+            contents = [items[starts[n] : starts[n + 1]] for items in self._items]
+            yield holders[n], self._make(*contents), self._kind
 
 
 def _pairs(keys: list[Any], values: list[Any]) -> dict[Any, Any]:
@@ -177,6 +183,7 @@ class Snapshot:
 
     def _keep(self, value: Any, max_bytes: int, max_entries: int) -> Iterable[Any]:
         """Remember what ``value`` holds; return what is to be searched next."""
+        cls: Any = type(value)
         if isinstance(value, nn.Module):
             return self._keep_module(value) if max_entries == sys.maxsize else ()
         if isinstance(value, Tensor):
@@ -205,7 +212,7 @@ class Snapshot:
         elif isinstance(value, Dataset) and max_entries == sys.maxsize:
             self._seen.discard(id(value))
             self._data.append(value)
-        elif _is_searched(value):
+        elif _is_searched(cls):
             if slots := slots_in(value):
                 self.add(value, SLOTS)
             return (*_attributes_of(value), *slots.values())
@@ -243,9 +250,10 @@ def _attributes_of(value: Any) -> tuple[Any, ...]:
     return (vars(value),) if hasattr(value, "__dict__") else ()
 
 
-def _is_searched(value: Any) -> bool:
-    package = type(value).__module__.partition(".")[0]
-    return isinstance(value, _SEARCHED) or not (package in _FOREIGN_PACKAGES or package in sys.stdlib_module_names)
+@lru_cache(1024)
+def _is_searched(cls: type) -> bool:
+    package = cls.__module__.partition(".")[0]
+    return issubclass(cls, _SEARCHED) or not (package in _FOREIGN_PACKAGES or package in sys.stdlib_module_names)
 
 
 def exchange(snapshot: Snapshot, more: Sequence[Entry]) -> tuple[Callable[[], None], Callable[[], None]]:

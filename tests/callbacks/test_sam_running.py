@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from helpers.sam_reference import (
     plain_loop,
 )
 from helpers.training import Recorder, state_of
+from lightning.pytorch.callbacks import Callback
 from torch.nn import functional as F
 
 from lightning_flatness import SharpnessAwareMinimization
@@ -41,6 +44,27 @@ def test_fast_dev_run_barebones_validation_and_limits():
     trainer.fit(Silent(), make_loader())
     assert trainer.global_step == 5
     make_trainer(sam).validate(Silent(), make_loader(), verbose=False)
+
+
+def test_batches_are_let_go_without_the_garbage_collector():
+    class Copies(Callback):
+        def __init__(self):
+            self.held = []
+
+        def on_before_backward(self, trainer, pl_module, loss):
+            self.held.append(weakref.ref(trainer.callbacks[0]._step._arguments[0][0]))
+
+        def on_train_batch_end(self, *args):
+            assert all(kept() is None for kept in self.held)
+
+    gc.collect()
+    gc.disable()
+    try:
+        copies = Copies()
+        fit(Net(), SharpnessAwareMinimization(0.05), copies, max_epochs=1)
+    finally:
+        gc.enable()
+    assert len(copies.held) == 5
 
 
 def test_epoch_that_the_module_ends_early():
