@@ -22,6 +22,8 @@ class Point:
         charts: One for each geometry.
         sharp_covectors: Sharpest directions found in one geometry, for the next; see ``estimators.krylov.starts``.
         num_differences: Products made by finite differences.
+        loss: The loss over all samples of all ranks, as a number; see ``landscape.sampling``.
+        sample_losses: The losses of this rank's samples.
     """
 
     graphs: GraphStore = field(default_factory=lambda: GraphStore(0.0))
@@ -31,3 +33,5 @@ class Point:
     charts: dict[str | Geometry, Chart] = field(default_factory=dict)
     sharp_covectors: Tensor | None = None
     num_differences: int = 0
+    loss: float | None = None
+    sample_losses: Tensor | None = None

@@ -266,3 +266,20 @@ def test_groups_have_two_samples_at_least():
     metric = TopEigenvalues()
     metric.update(LossLandscape(module, list(zip(x.split(3), y.split(3), strict=True)), cross_entropy))
     assert float(metric.standard_error) > 0
+
+
+def test_the_losses_of_samples_are_evaluated_once_in_a_measurement_of_several_metrics():
+    module, x, y = problem()
+    costs, errors = {}, {}
+    for names in (("first",), ("second",), ("first", "second")):
+        metrics: dict[str, FlatnessMetric] = {"first": TopEigenvalues(tol=1e-6), "second": InvariantSharpness(tol=1e-6)}
+        landscape = LossLandscape(module, [(x, y)], cross_entropy)
+        with landscape.measurement():
+            for name in names:
+                metrics[name].update(landscape)
+        costs[names] = landscape.cost.gradient_evaluations
+        errors |= {(name, len(names)): float(metrics[name].standard_error.flatten()[0]) for name in names}
+    together = costs["first", "second"]
+    assert together == pytest.approx(costs["first",] + costs["second",] - 1 - 2 / 3)  # the gradient, and the losses
+    for name in ("first", "second"):
+        assert errors[name, 2] == pytest.approx(errors[name, 1], rel=1e-6)
