@@ -11,9 +11,20 @@ from torch.nn import functional as F
 
 def images(num_samples: int, folder: Path = FOLDER) -> tuple[Tensor, Tensor]:
     """Return the first training images, shape (num_samples, 1, 14, 14), standardised, and their classes."""
-    pixels, labels = (read_idx(content(folder, f"train-{name}-ubyte")) for name in ("images-idx3", "labels-idx1"))
-    x = F.avg_pool2d(pixels[:num_samples, None].float() / 255, 2)
-    return (x - x.mean()) / x.std(), labels[:num_samples].long()
+    x, labels = _read("train", num_samples, folder)
+    return (x - x.mean()) / x.std(), labels
+
+
+def images_to_test(num_samples: int, num_train: int, folder: Path = FOLDER) -> tuple[Tensor, Tensor]:
+    """Return the first test images, moved and scaled as :func:`images` does the first training images, and classes."""
+    x, labels = _read("t10k", num_samples, folder)
+    train, _ = _read("train", num_train, folder)
+    return (x - train.mean()) / train.std(), labels
+
+
+def _read(files: str, num_samples: int, folder: Path) -> tuple[Tensor, Tensor]:
+    pixels, labels = (read_idx(content(folder, f"{files}-{name}-ubyte")) for name in ("images-idx3", "labels-idx1"))
+    return F.avg_pool2d(pixels[:num_samples, None].float() / 255, 2), labels[:num_samples].long()
 
 
 class Lstm(nn.Module):

@@ -59,6 +59,7 @@ class Recipe:
         batch_norm: Of ``"convnet"``.
         optimizer: ``"sgd"`` or ``"adam"`` (with decay: AdamW).
         rho: Of SAM; 0 for plain training.
+        augmentation: Whether training images are mirrored and shifted at random (``which_measure.py`` only).
     """
 
     points: tuple[str, ...]
@@ -77,6 +78,7 @@ class Recipe:
     data: str = "mnist5k"
     num_train: int = 1000
     pixels: int = 8
+    augmentation: bool = False
 
 
 class RecipeModule(Classifier):

@@ -19,7 +19,9 @@ class PSISharpness(SpectralNorm):
 
     With ``geometry="path_norm"``, the recommended one, every weight is measured by the paths that lead through it (see
     :class:`PathNormGeometry`): ``max |eigenvalue|`` of ``K^(-1/2) H K^(-1/2)`` with ``K = diag(kappa)``. It needs no
-    choice of a basis, and is defined for every network of positively homogeneous units.
+    choice of a basis, and is defined for every network of positively homogeneous units. Basis paths
+    did not order 32 MLPs and CNNs better by their generalisation gap (difference of Kendall's tau -0.05, 95 % interval
+    -0.25 to 0.10); no verdict favours either, and ``"element"`` orders them (``examples/studies/which_measure.py``).
 
     With ``geometry="path"`` it is ``max |eigenvalue|`` of ``d²L(w(v)) / dv²``, with ``v`` the values of the basis paths
     of a chain (see :class:`PathGeometry`). Units: loss per squared path value. Paths are products of as many weights as
