@@ -31,15 +31,16 @@ from digits import ConvNet, DigitsDataModule
 from lightning_flatness import SharpnessAwareMinimization
 
 RESULTS = Path(__file__).parent / "results" / "benchmark_sam.md"
-GEOMETRIES = ("euclidean", "element", "layer", "filter")
+CASES = [(geometry, "gradient") for geometry in ("euclidean", "element", "layer", "filter")]
+CASES += [("euclidean", "momentum"), ("euclidean", "previous")]
 BLOCK = 10
 
 
 class Timed(SharpnessAwareMinimization):
     """Takes plain and sharpness-aware steps in turn, in blocks, and the time of each, its own hooks included."""
 
-    def __init__(self, geometry: str) -> None:
-        super().__init__(rho=0.05, geometry=geometry)
+    def __init__(self, geometry: str, ascent: Any) -> None:
+        super().__init__(rho=0.05, geometry=geometry, ascent=ascent)
         self.seconds: dict[bool, list[list[float]]] = {False: [], True: []}
         self.start = 0.0
 
@@ -70,9 +71,9 @@ def make_trainer(callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
     )
 
 
-def step_seconds(geometry: str, batch_size: int, num_rounds: int) -> tuple[float, float, float]:
+def step_seconds(geometry: str, ascent: str, batch_size: int, num_rounds: int) -> tuple[float, float, float]:
     """Return the median seconds of a plain and of a sharpness-aware step, and the median of their ratios by round."""
-    timed = Timed(geometry)
+    timed = Timed(geometry, ascent)
     trainer = make_trainer([timed], max_steps=2 * BLOCK * (num_rounds + 1), max_epochs=-1)
     trainer.fit(ConvNet(lr=0.01), DigitsDataModule(batch_size).train_dataloader())
     plain, sam = ([statistics.median(block) for block in timed.seconds[kind][1:]] for kind in (False, True))
@@ -92,26 +93,28 @@ class Wide(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
 
 
-def peak_bytes(geometry: str | None, accumulate: int) -> int:
+def peak_bytes(geometry: str | None, ascent: Any, accumulate: int) -> int:
     """Train two steps and return the largest size this process has had."""
-    callbacks: list[pl.Callback] = [] if geometry is None else [SharpnessAwareMinimization(0.05, geometry)]
+    sam = [] if geometry is None else [SharpnessAwareMinimization(0.05, geometry, ascent=ascent)]
+    callbacks: list[pl.Callback] = [*sam]
     trainer = make_trainer(callbacks, max_epochs=1, accumulate_grad_batches=accumulate)
     trainer.fit(Wide(), DataLoader(TensorDataset(torch.randn(2 * accumulate, 4096)), batch_size=1))
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux
 
 
 @functools.cache
-def peak_of_a_process(geometry: str, accumulate: int) -> int:
-    command = [sys.executable, __file__, "--peak", geometry, str(accumulate)]
+def peak_of_a_process(geometry: str, ascent: str, accumulate: int) -> int:
+    command = [sys.executable, __file__, "--peak", geometry, ascent, str(accumulate)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def copies_of_the_weights(geometry: str, accumulate: int) -> float:
+def copies_of_the_weights(geometry: str, ascent: str, accumulate: int) -> float:
     """Return how many copies of the weights SAM adds to the peak."""
-    return (peak_of_a_process(geometry, accumulate) - peak_of_a_process("none", accumulate)) / (4 * 4096 * 4096 * 4)
+    peaks = [peak_of_a_process(*case, accumulate) for case in ((geometry, ascent), ("none", "gradient"))]
+    return (peaks[0] - peaks[1]) / (4 * 4096 * 4096 * 4)
 
 
 def main() -> None:
@@ -119,25 +122,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     if args.peak:
-        print(peak_bytes(None if args.peak[0] == "none" else args.peak[0], int(args.peak[1])))
+        print(peak_bytes(None if args.peak[0] == "none" else args.peak[0], args.peak[1], int(args.peak[2])))
         return
     torch.set_num_threads(1)
-    lines = ["| geometry | batch size | plain step, ms | SAM step, ms | ratio | extra copies | with accumulation |"]
-    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
-    for geometry in GEOMETRIES:
-        copies = [copies_of_the_weights(geometry, accumulate) for accumulate in (1, 2)]
+    lines = ["| geometry | ascent | batch size | ratio | extra copies | with accumulation |"]
+    lines += ["|---|---|---:|---:|---:|---:|"]
+    for geometry, ascent in CASES:
+        copies = [copies_of_the_weights(geometry, ascent, accumulate) for accumulate in (1, 2)]
         for batch_size in args.batch_sizes:
-            plain, sam, ratio = step_seconds(geometry, batch_size, args.rounds)
-            lines.append(
-                f"| {geometry} | {batch_size} | {1e3 * plain:.1f} | {1e3 * sam:.1f} | {ratio:.1f} | "
-                f"{copies[0]:.1f} | {copies[1]:.1f} |"
-            )
-            print(lines[-1], flush=True)
+            plain, sam, ratio = step_seconds(geometry, ascent, batch_size, args.rounds)
+            lines.append(f"| {geometry} | {ascent} | {batch_size} | {ratio:.2f} | {copies[0]:.1f} | {copies[1]:.1f} |")
+            print(lines[-1], f"plain {1e3 * plain:.1f} ms, SAM {1e3 * sam:.1f} ms", flush=True)
     args.out.write_text("\n".join(lines) + "\n")
 
 

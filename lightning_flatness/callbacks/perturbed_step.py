@@ -25,17 +25,26 @@ class PerturbedStep:
         ascent: ``"momentum"`` or ``"previous"``.
         rho: Length of the step.
         geometry: Of the step.
+        is_sharded: Whether the weights are spread over ranks.
 
     Attributes:
         has_run: Whether the Trainer has called ``training_step``.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, ascent: Ascent, rho: float, geometry: Geometry
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        ascent: Ascent,
+        rho: float,
+        geometry: Geometry,
+        *,
+        is_sharded: bool,
     ) -> None:
         self.has_run = False
         self._optimizer, self._strategy = trainer.optimizers[0], trainer.strategy
         self._module, self._ascent = module, ascent
+        self._is_sharded = is_sharded
         self._displacement = Displacement(rho, geometry, module)
         self._versions: list[tuple[Tensor, int]] = []
 
@@ -51,8 +60,8 @@ class PerturbedStep:
         def perturbing(*args: Any, **kwargs: Any) -> Any:
             self._uninstall()
             parameters, directions, sign = known_direction(self._optimizer, self._ascent)
-            self._displacement.move(parameters, directions, sign=sign)
-            reshard(self._module)  # FSDP2 may hold weights gathered before, e.g. in validation
+            self._displacement.move(parameters, directions, sign=sign, shared=True)
+            self._reshard()
             self._versions = [(p, p._version) for p in parameters] if self.norm > 0 else []
             self.has_run = True
             return original(*args, **kwargs)
@@ -66,13 +75,17 @@ class PerturbedStep:
         self._displacement.put_back()
         self._versions = []
         if self.has_run:
-            reshard(self._module)
+            self._reshard()
         if has_written:
             rank_zero_warn(
                 f"`training_step` wrote to weights that SharpnessAwareMinimization(ascent={self._ascent!r}) had moved: "
                 "what it wrote is undone after the backward pass. Change weights in `on_train_batch_start` or "
                 "`on_train_batch_end` instead, or use ascent='gradient'.",
             )
+
+    def _reshard(self) -> None:
+        if self._is_sharded:  # FSDP2 may hold weights gathered before, e.g. in validation
+            reshard(self._module)
 
     def _uninstall(self) -> None:
         self._strategy.__dict__.pop("training_step", None)

@@ -33,6 +33,7 @@ from lightning_flatness.callbacks.sam_refusals import check_module, check_optimi
 from lightning_flatness.geometry import FirstBatch, Geometry
 from lightning_flatness.module.batches import infer_batch_size
 from lightning_flatness.module.loss import training_step_of
+from lightning_flatness.module.sharding import has_sharded_weights
 from lightning_flatness.sam import (
     Ascent,
     PreviousGradient,
@@ -136,6 +137,7 @@ class SharpnessAwareMinimization(Callback):
         self._perturbed_step: PerturbedStep | None = None  # in its place where one gradient is enough
         self._previous: PreviousGradient | None = None
         self._hooks = ExitStack()
+        self._is_sharded = False
         self._first_pass = ExitStack()
         self._means = EpochMeans()
         self.has_perturbed = False
@@ -169,6 +171,7 @@ class SharpnessAwareMinimization(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse sharded weights that it cannot perturb, and optimizers that evaluate the closure themselves."""
         check_weights(pl_module, self.geometry, sync_perturbation=self.sync_perturbation)
+        self._is_sharded = has_sharded_weights(pl_module)
         for optimizer in trainer.optimizers:
             check_optimizer(optimizer, self.ascent)
         self._release_optimizer()
@@ -191,7 +194,9 @@ class SharpnessAwareMinimization(Callback):
             self._bound = self.geometry.for_loss(first)
         if self.ascent != "gradient":
             geometry = self._bound or self.geometry
-            self._perturbed_step = PerturbedStep(trainer, pl_module, self.ascent, self.rho, geometry)
+            self._perturbed_step = PerturbedStep(
+                trainer, pl_module, self.ascent, self.rho, geometry, is_sharded=self._is_sharded
+            )
             self._perturbed_step.install()
             return
         self._step = RecordedStep(trainer, pl_module)

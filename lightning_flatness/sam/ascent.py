@@ -76,8 +76,8 @@ def known_direction(optimizer: Optimizer, ascent: str) -> tuple[list[Tensor], li
         ascent: ``"momentum"`` or ``"previous"``.
 
     Returns:
-        Parameters, a copy of the direction of each, and the sign to move along it with: -1.0 for the momentum. Empty
-        before the first step.
+        Parameters, the direction of each, which may be the optimizer's own buffer, and the sign to move along it with:
+        -1.0 for the momentum. Empty before the first step.
 
     Raises:
         RuntimeError: If the optimizer has made steps and keeps no momentum.
@@ -89,8 +89,8 @@ def known_direction(optimizer: Optimizer, ascent: str) -> tuple[list[Tensor], li
             f"Expected an optimizer whose state has a {' or '.join(map(repr, names))} for ascent='momentum', got "
             f"{type(optimizer).__name__} without. Use ascent='previous', which works with any optimizer."
         )
-    copies = [_dense(b).to(torch.promote_types(b.dtype, torch.float32), copy=True) for _, b in pairs]
-    return [p for p, _ in pairs], copies, -1.0 if ascent == "momentum" else 1.0
+    directions = [_dense(b).to(torch.promote_types(b.dtype, torch.float32)) for _, b in pairs]
+    return [p for p, _ in pairs], directions, -1.0 if ascent == "momentum" else 1.0
 
 
 class PreviousGradient:

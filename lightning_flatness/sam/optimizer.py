@@ -197,7 +197,7 @@ class SAM(Optimizer):
         with undone(put_back):
             if self.rho > 0:
                 parameters, directions, sign = known_direction(self.base_optimizer, self.ascent)
-                displacement.move(parameters, directions, sign=sign)
+                displacement.move(parameters, directions, sign=sign, shared=True)
                 reshard(module)  # FSDP2 may hold weights gathered before, e.g. in validation
             yield displacement.norm
 

@@ -94,18 +94,27 @@ class Displacement:
         self._saved: list[tuple[Tensor, Tensor]] = []
 
     def move(
-        self, parameters: list[Tensor], directions: list[Tensor], *, kept: Sequence[Tensor] = (), sign: float = 1.0
+        self,
+        parameters: list[Tensor],
+        directions: list[Tensor],
+        *,
+        kept: Sequence[Tensor] = (),
+        sign: float = 1.0,
+        shared: bool = False,
     ) -> None:
         """Move weights, or leave them if the directions are zero or not finite.
 
         Args:
             parameters: The weights.
-            directions: Gradients, one for each; used up.
+            directions: Gradients, one for each; the list is emptied.
             kept: More weights to put back; these and ``parameters`` are copied even if nothing moves.
             sign: 1.0 moves up the gradients, -1.0 down.
+            shared: Whether somebody else needs the directions, so that they must not be written to.
         """
         with torch.no_grad():
             multiply_ = self._multiplier_of(self._module, parameters) if parameters else None
+            if shared and multiply_ is not None:
+                directions[:] = [direction.clone() for direction in directions]
             factor, self.norm = _ascend_(directions, multiply_, self._rho)
             del multiply_
             if self.norm > 0 or kept:
@@ -160,14 +169,14 @@ _SAFE_LENGTH = (1e-15, 1e15)
 
 
 def _normalise_(gradients: list[Tensor], length: float) -> float:
-    """Divide by the largest entry and return the length then; 0.0 if there is nothing to divide by."""
+    """Divide by the largest entry, into new tensors; return the length then, 0.0 if there is nothing to divide by."""
     if not gradients or math.isnan(length):
         return 0.0
     largest = float(get_total_norm(gradients, norm_type=math.inf))
     if largest == 0 or not math.isfinite(largest):
         return 0.0
-    for gradient in gradients:
-        gradient.div_(largest)
+    for index, gradient in enumerate(gradients):  # one by one: those before are freed, unless somebody else has them
+        gradients[index] = gradient / largest
     return float(get_total_norm(gradients))
 
 

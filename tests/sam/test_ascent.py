@@ -132,6 +132,19 @@ def test_an_exception_puts_the_weights_back(ascent):
     assert torch.equal(w, before)
 
 
+@pytest.mark.parametrize("geometry", ["euclidean", "element"])
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+def test_the_buffers_of_the_optimizer_are_not_written_to(geometry, scale):
+    w = nn.Parameter(torch.tensor([1.0, -2.0]))
+    base = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+    buffer = base.state[w]["momentum_buffer"] = torch.tensor([3.0, 4.0]) * scale
+    before = buffer.clone()
+    change = torch.tensor([0.3, 0.4]) if geometry == "euclidean" else 0.5 * torch.tensor([3.0, 16.0]) / 73**0.5
+    with SAM(base, 0.5, geometry, ascent="momentum").perturbed():
+        torch.testing.assert_close(w.detach(), torch.tensor([1.0, -2.0]) - change)
+    assert torch.equal(buffer, before)
+
+
 def test_the_loss_is_that_at_the_perturbed_weights():
     w = nn.Parameter(torch.tensor([1.0]))
     sam = SAM(torch.optim.SGD([w], lr=0.0), 0.5, ascent="previous")
