@@ -132,7 +132,7 @@ def main() -> None:
     kinds = len({model["kind"] for model in models})
     title = f"{len(models)} models of {kinds} kinds and {len({m['setting'] for m in models})} settings, {data}"
     lines, paths = table_lines(models, rows), path_lines(models)
-    draw(models, args.results / f"{NAME}.png", f"{title}: tau of measure and gap")
+    draw(models, args.results / f"{NAME}.png", f"{title}:\nKendall's tau of a measure and of test - train loss")
     target = (QUICK if args.quick else FULL).points[0].removeprefix("loss=")
     text = f"{title}, trained to a loss of {target}, measured on {PROBE} of the training samples. {tally(lines)}\n\n"
     text += f"{table(lines)}\n{path_table(paths)}"

@@ -216,6 +216,7 @@ def draw(models: Sequence[Row], path: Path, title: str) -> None:
     for height, cost in enumerate(gradients):
         axes[0][2].text(cost, height, f" {cost:.0f}", va="center", fontsize=8)
     axes[0][2].set_xlabel("cost in gradients of the loss")
+    axes[0][2].margins(x=0.12)
     for i, ax in enumerate(axes[0]):
         ax.set_yticks(range(len(names)), [TITLES[name] for name in names] if i == 0 else [""] * len(names))
         ax.set_ylim(-0.7, len(names) - 0.3)
