@@ -1,4 +1,4 @@
-"""Would the default metrics be as exact with fewer Hessian-vector products? Three ways and their combinations, measured.
+"""Would the default metrics be as exact with fewer Hessian-vector products? Three ways and combinations, measured.
 
     python examples/benchmarks/fewer_products.py --data DIR --out examples/benchmarks/results/fewer_products
 
