@@ -91,6 +91,26 @@ def test_against_training_loss_and_gradients(logs, tmp_path):
     assert main(["compare", str(logs), "--x", "nonsense"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("hyperparameters", "curve", "per_step"),
+    [
+        ({"sam_rho": 0.1}, None, 2),
+        ({"sam_rho": 0.1, "sam_ascent": "momentum"}, None, 1),  # SAM in manual optimization
+        ({"sam_rho": 0.1}, "sam/perturbation_norm", 1),
+        ({"sam_rho": 0.0}, None, 1),
+    ],
+)
+def test_gradients_per_step_of_sam(tmp_path, hyperparameters, curve, per_step):
+    logger = CSVLogger(tmp_path, name="csv")
+    logger.log_hyperparams(hyperparameters)
+    for step in (5, 10):
+        logger.log_metrics({LAMBDA: 1.0} | ({curve: 0.1} if curve else {}), step)
+    logger.save()
+    comparison = compare_runs([tmp_path])
+    run = comparison.settings[0].runs[0]
+    assert points(comparison, run, LAMBDA, "gradients")[0].tolist() == [5.0 * per_step, 10.0 * per_step]
+
+
 def heights_of_bands(comparison):
     return [np.ptp(band.get_paths()[0].vertices[:, 1]) for band in comparison.figure().axes[0].collections]
 
