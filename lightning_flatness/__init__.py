@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         PathGeometry,
         PathNormGeometry,
     )
-    from lightning_flatness.landscape import LossLandscape, OptimizerStep, OutputLoss
+    from lightning_flatness.landscape import LossLandscape, OptimizerStep, OutputLoss, ShardedLandscape
     from lightning_flatness.measuring import (
         FlatnessReport,
         FlatnessTracker,
@@ -81,6 +81,7 @@ __all__ = [
     "PathGeometry",
     "PathNormGeometry",
     "RelativeFlatness",
+    "ShardedLandscape",
     "SharpnessAwareMinimization",
     "SpectralDensity",
     "TopEigenvalues",
@@ -99,7 +100,7 @@ _HOMES = {
     "compare": ("Comparison", "compare_runs"),
     "estimators": ("stability_edge",),
     "geometry": ("AttentionGeometry", "OptimizerGeometry", "Pair", "Part", "PathGeometry", "PathNormGeometry"),
-    "landscape": ("LossLandscape", "OptimizerStep", "OutputLoss"),
+    "landscape": ("LossLandscape", "OptimizerStep", "OutputLoss", "ShardedLandscape"),
     "measuring": ("FlatnessReport", "FlatnessTracker", "MeasuredCheckpoints", "measure", "measure_checkpoints"),
     "sam": ("SAM",),
     "surface": ("LossSurface", "compare_surfaces", "loss_surface"),

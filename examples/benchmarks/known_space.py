@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lightning_flatness import LossLandscape
 from lightning_flatness.estimators import TOLERANCE
-from lightning_flatness.estimators.krylov.basis import normalized
 from lightning_flatness.estimators.sampling import eigenvalue_standard_errors
 from lightning_flatness.geometry.base import LinearChart
 
@@ -113,6 +112,12 @@ class SpaceMetric:
             start = sharp if self.previous is None else added(normalized(self.previous), sharp, 1.0)
         noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(0))
         return normalized(start) + 0.03 * normalized(noise)
+
+
+def normalized(v: Tensor) -> Tensor:
+    """Return a vector of norm one in the same direction."""
+    unit: Tensor = v / torch.linalg.vector_norm(v)
+    return unit
 
 
 def added(v: Tensor, other: Tensor, share: float) -> Tensor:

@@ -86,6 +86,11 @@ class CountedWork(Callback):
     split: Literal["train", "val"]
     log_key_prefix: str
 
+    @property
+    def has_whole_vectors(self) -> bool:
+        """Whether directions of metrics are whole on each rank."""
+        return True
+
     @abstractmethod
     def survived(self, what: str, trainer: Trainer, *, alone: bool = False) -> AbstractContextManager[Attempt]:
         """Return a block whose exceptions may become warnings."""
@@ -150,10 +155,12 @@ class CountedWork(Callback):
         """Return what a resumed run needs to measure at the same steps as if it had not stopped; {} without a budget.
 
         That is what was counted, and the directions from which the next measurement starts, which decide on its cost.
+        Of sharded directions this rank has a slice only, which is not kept.
         """
         if self.budget is None:
             return {}
-        starts = {name: metric.start for name, metric in self.run.metrics.items() if metric.start is not None}
+        directions = {name: metric.start for name, metric in self.run.metrics.items() if self.has_whole_vectors}
+        starts = {name: start for name, start in directions.items() if start is not None}
         kept = {name: getattr(self.run, name) for name in _KEPT}
         return kept | {"work": vars(self.run.work).copy(), "starts": starts}
 

@@ -24,6 +24,7 @@ from lightning_flatness.callbacks.last_step import LastStep
 from lightning_flatness.callbacks.loggers.hyperparameters import batch_size_of_run, callbacks, log_hyperparameters
 from lightning_flatness.callbacks.loggers.tensorboard import custom_scalars_layout, log_layout
 from lightning_flatness.callbacks.loggers.values import log_values
+from lightning_flatness.callbacks.sharded import kind_of_landscape
 from lightning_flatness.callbacks.summary import say_once, summarize
 from lightning_flatness.estimators import TOLERANCE
 from lightning_flatness.landscape.options import EngineName
@@ -116,6 +117,7 @@ class FlatnessMonitor(LandscapeMonitor):
             checkpoints hold a vector of the size of the weights per eigenvalue. See :meth:`plan`. Default: no bound.
         parameters: The weights to measure, by name, frozen ones too, e.g. ``"encoder.*,head.*"`` or a list of patterns.
             Default: the trainable ones. There is no edge of stability of some of the weights.
+        sharded: Keep weights and vectors sharded over the ranks, if all metrics can; see :class:`ShardedLandscape`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -147,6 +149,7 @@ class FlatnessMonitor(LandscapeMonitor):
         seed: int = 0,
         budget: float | None = None,
         parameters: str | Sequence[str] | None = None,
+        sharded: bool = False,
     ) -> None:
         metrics = "default" if metrics is None else metrics
         self.is_preset = metrics in get_args(Preset) if isinstance(metrics, str) else False
@@ -156,9 +159,8 @@ class FlatnessMonitor(LandscapeMonitor):
         self._metrics = metrics
         if weights not in get_args(MeasuredWeights):
             raise ValueError(f"Expected `weights` to be 'trained' or 'averaged', got {weights!r}.")
-        self.tol = tol
         self.weights: MeasuredWeights = weights
-        self.parameters = parameters
+        self.tol, self.parameters, self.sharded = tol, parameters, sharded
         super().__init__(
             every_n_epochs=every_n_epochs,
             every_n_steps=every_n_steps,
@@ -227,7 +229,8 @@ class FlatnessMonitor(LandscapeMonitor):
         return [self.log_key_prefix + name for name in names if name is not None]
 
     def prepare(self, trainer: Trainer) -> None:
-        """Tell TensorBoard which curves belong together."""
+        """Decide what to gather, and tell TensorBoard which curves belong together."""
+        self.kind_of_landscape = kind_of_landscape(self.metrics, self.sharded)
         charts = [metric.charts(name, trainer.optimizers) for name, metric in self.metrics.items()]
         keys = {title: [self.log_key_prefix + key for key in chart[title]] for chart in charts for title in chart}
         log_layout(trainer, custom_scalars_layout(keys, self.log_key_prefix.rstrip("/") or "flatness"))

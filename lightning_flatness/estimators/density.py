@@ -23,6 +23,7 @@ from lightning_flatness.estimators.result import Estimate, mean_and_error
 from lightning_flatness.estimators.sampling import moment_standard_errors
 from lightning_flatness.geometry import Geometry
 from lightning_flatness.landscape import LossLandscape
+from lightning_flatness.landscape.vectors import Vectors
 
 NUM_MOMENTS = 4
 LEAST = {"num_steps": 3}
@@ -124,7 +125,7 @@ def tridiagonalize(matvec: Callable[[Tensor], Tensor], start: Tensor, num_steps:
         >>> tridiagonalize(lambda v: torch.tensor([1.0, 3.0]) * v, torch.ones(2), 5)
         (tensor([2.0000, 2.0000], dtype=torch.float64), tensor([1.0000], dtype=torch.float64))
     """
-    basis = Basis(min(num_steps, len(start)), len(start), start.dtype, start.device)
+    basis = Basis(min(num_steps, len(start)), Vectors(len(start), start.dtype, start.device))
     basis.append(start, torch.linalg.vector_norm(start))
     diagonal: list[float] = []
     off_diagonal: list[float] = []

@@ -43,9 +43,10 @@ def top_eigenvalues(
     earlier result to start from, shape (any, number of coordinates). The vectors are in ``z``. The residuals contain
     the errors of finite differences and of weights in low precision. Deterministic given ``seed``.
     """
-    with landscape.measurement():
+    with landscape.measurement(on_shards=operator == "hessian"):
         chart = landscape.chart(geometry)
-        start = usable(start, chart)
+        vectors = landscape.vectors_in(chart)
+        start = usable(start, vectors)
         result = lanczos(
             curvature_product(landscape, chart, operator),
             chart.num_coordinates,
@@ -57,9 +58,8 @@ def top_eigenvalues(
             start=start_vector(landscape, chart, start, operator=operator, k=k, which=which, shared=shared_start),
             start_noise=start_noise(landscape, start, shared=shared_start),
             seed=seed,
-            dtype=landscape.dtype,
-            device=landscape.device,
             product_error=lambda: landscape.product_error,
+            vectors=vectors,
         )
         if which != "SA":
             remember_covectors(landscape, chart, result.eigenvectors)
@@ -116,7 +116,7 @@ def layer_eigenvalues(
         chart = landscape.chart(geometry)
         layers = layers_in(landscape, chart)
         product = curvature_product(landscape, chart, operator)
-        start = usable(start, chart)
+        start = usable(start, landscape.vectors_in(chart))
         results = []
         for block in layers.values():
             vector, noise = start_in_block(landscape, chart, start, block, operator=operator, which=which)

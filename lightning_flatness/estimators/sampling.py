@@ -163,7 +163,7 @@ def quotient_standard_errors(landscape: LossLandscape, v: Tensor, bend: float, s
         return math.nan, math.nan
     losses = SampleLosses(landscape)
     rise = max(_RISE * abs(losses.value), _RISE_IN_EPS * torch.finfo(landscape.dtype).eps * losses.typical)
-    longest = _LONGEST * length_scale(landscape.parameters, landscape.unflatten(v))
+    longest = _LONGEST * length_scale(landscape.batched_loss, v)
     step = min(math.sqrt(2 * rise / abs(bend)), longest)
     sides = [losses.at(sign * step * v) for sign in (1, -1)]
     bends = (sides[0] - 2 * losses.at_weights + sides[1]) / step**2
@@ -268,9 +268,9 @@ def _bends(
     rise = max(_RISE * abs(losses.value), _RISE_IN_EPS * eps * losses.typical)
     step = math.sqrt(2 * rise / abs(expected))
     change = displacement(step * v)
-    if not bool(change.any()):
+    if landscape.batched_loss.norm(change) == 0:
         return torch.zeros_like(losses.at_weights)
-    longest = _LONGEST * length_scale(landscape.parameters, landscape.unflatten(change))
+    longest = _LONGEST * length_scale(landscape.batched_loss, change)
     if longest < 1:
         step *= longest
         change = displacement(step * v)

@@ -26,6 +26,7 @@ from lightning_flatness.estimators.result import Estimate, mean_and_error
 from lightning_flatness.estimators.sampling import trace_standard_error
 from lightning_flatness.geometry import Geometry
 from lightning_flatness.landscape import LossLandscape
+from lightning_flatness.landscape.vectors import Vectors
 
 _SKETCH_SHARE = 0.25
 """Share of products that look for directions; as many more take the trace over them. Hutch++ has a third; fewer leave
@@ -90,7 +91,7 @@ def stochastic_trace(
         vectors = (unit_vector(size, i, dtype, device) for i in range(size))
         return _result([_quadratic_form(matvec, v, blocks) for v in vectors], [], tol, size, blocks)
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    basis = Basis(num_products, size, dtype, device)
+    basis = Basis(num_products, Vectors(size, dtype, device))
     if method == "hutch++":
         for _ in range(int(_SKETCH_SHARE * num_products)):
             _extend(basis, matvec(rademacher(size, generator, dtype, device)))

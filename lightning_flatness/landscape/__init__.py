@@ -2,6 +2,7 @@
 
 from lightning_flatness.landscape.loss_landscape import LossLandscape
 from lightning_flatness.landscape.output_loss import OutputLoss
+from lightning_flatness.landscape.sharded_landscape import ShardedLandscape
 from lightning_flatness.landscape.update import MissingUpdateError, OptimizerStep
 
-__all__ = ["LossLandscape", "MissingUpdateError", "OptimizerStep", "OutputLoss"]
+__all__ = ["LossLandscape", "MissingUpdateError", "OptimizerStep", "OutputLoss", "ShardedLandscape"]

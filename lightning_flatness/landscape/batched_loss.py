@@ -6,22 +6,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, reduce
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_flatness.geometry import FirstBatch
 from lightning_flatness.landscape.cost import Cost
-from lightning_flatness.landscape.engines.second_derivatives import Operators
+from lightning_flatness.landscape.engines.second_derivatives import Operators, counted_bytes
 from lightning_flatness.landscape.point import Point
 from lightning_flatness.landscape.ranks import sum_over_ranks
 from lightning_flatness.landscape.samples import Samples
+from lightning_flatness.landscape.vectors import Vectors
 from lightning_flatness.module.cross_entropy import CompactCrossEntropy
 from lightning_flatness.module.kernels import DifferentiableWeightNorm
 from lightning_flatness.module.loss import LossFunction, check_finite_loss, check_loss, loss_in
 from lightning_flatness.module.twin import Twin
 
 _LOW_PRECISION = 2
+_Pass = TypeVar("_Pass")
 
 
 @dataclass
@@ -39,6 +42,8 @@ class BatchedLoss:
         module: The module that is evaluated.
         parameters: The variables of the derivatives.
         num_parameters: Length of flat vectors.
+        parameter_sizes: Number of entries of each parameter.
+        vectors: Where flat vectors are.
         dtype: Of flat vectors.
         device: Of flat vectors.
     """
@@ -53,14 +58,18 @@ class BatchedLoss:
     module: nn.Module = field(init=False)
     parameters: list[Tensor] = field(init=False)
     num_parameters: int = field(init=False)
+    parameter_sizes: list[int] = field(init=False)
+    vectors: Vectors = field(init=False)
     dtype: torch.dtype = field(init=False)
     device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
         self.module, self.parameters = self.measured.module, self.measured.parameters
         self.loss_fn = self.measured.rebound(self.loss_fn)
-        self.num_parameters = sum(p.numel() for p in self.parameters)
+        self.parameter_sizes = [p.numel() for p in self.parameters]
+        self.num_parameters = sum(self.parameter_sizes)
         self.dtype, self.device = vector_dtype(self.parameters), self.parameters[0].device
+        self.vectors = Vectors(self.num_parameters, self.dtype, self.device)
 
     @contextmanager
     def displaced(self, displacement: Tensor, scale: float = 1.0) -> Iterator[None]:
@@ -68,8 +77,9 @@ class BatchedLoss:
 
         The parameters' storage is exchanged, not written to, so nothing is rounded.
         """
+        changes = self.unflatten(self.checked("displacement", displacement))
         here, self.point = self.point, Point()
-        weights = zip(self.measured.weights(), self.unflatten(displacement), strict=True)
+        weights = zip(self.measured.weights(), changes, strict=True)
         try:
             with self.measured.at([torch.add(w, change, alpha=scale).to(w.dtype) for w, change in weights]):
                 yield
@@ -116,6 +126,22 @@ class BatchedLoss:
         self.measured.check(loss)
         return loss
 
+    def objective(self, index: int) -> Tensor:
+        """Return what is differentiated of a batch: its loss."""
+        return self.batch_loss(index)
+
+    def recorded(self, *, is_counted: bool) -> AbstractContextManager[dict[int, int]]:
+        """Return a block for a graph that is differentiated later; it yields the storages kept, if they are counted."""
+        return counted_bytes(self.parameters) if is_counted else nullcontext(dict[int, int]())
+
+    def in_step(self, passes: Sequence[_Pass]) -> Sequence[_Pass]:
+        """Return what this rank is to go over, given what it wants to; more where others wait for it."""
+        return passes
+
+    def agreed_bytes(self, storages: dict[int, int]) -> int:
+        """Return the bytes of a graph, from what :meth:`recorded` has yielded."""
+        return sum(storages.values())
+
     def batch_gradient(self, loss: Tensor) -> Sequence[Tensor | None]:
         """Return the gradient of a batch's loss, a piece per parameter."""
         return torch.autograd.grad(loss, self.parameters, allow_unused=True)
@@ -126,7 +152,7 @@ class BatchedLoss:
         if point.gradient is not None or index in point.summed:
             return
         if point.gradient_sum is None:
-            point.gradient_sum = torch.zeros(self.num_parameters, dtype=self.dtype, device=self.device)
+            point.gradient_sum = torch.zeros(self.vectors.local_size, dtype=self.dtype, device=self.device)
         self.add(self.unflatten(point.gradient_sum), index, pieces)
         point.summed.add(index)
 
@@ -159,7 +185,7 @@ class BatchedLoss:
         Args:
             prepare: Called first; what it raises, all ranks raise.
         """
-        with self.summed(self.num_parameters) as total:
+        with self.summed_vector() as total:
             if prepare is not None:
                 prepare(self)
             if self.point.gradient_sum is not None:
@@ -168,7 +194,7 @@ class BatchedLoss:
             for index in self.indices:
                 if index not in self.point.summed:
                     self.cost.add_batch_gradient(index, self.samples.sizes)
-                    self.add(views, index, self.batch_gradient(self.batch_loss(index)))
+                    self.add(views, index, self.batch_gradient(self.objective(index)))
         return total
 
     def value_and_gradient(self) -> tuple[Tensor, Tensor]:
@@ -194,6 +220,14 @@ class BatchedLoss:
         """
         return sum_over_ranks(size, self.operators, self.dtype, self.device, self.on_evaluation)
 
+    def summed_vector(self) -> AbstractContextManager[Tensor]:
+        """Return the same for a flat vector."""
+        return self.summed(self.num_parameters)
+
+    def norm(self, v: Tensor) -> float:
+        """Return the norm of a flat vector."""
+        return float(self.vectors.norm(v))
+
     def add(self, views: Sequence[Tensor], index: int, pieces: Sequence[Tensor | None]) -> None:
         """Add what a batch contributes to a mean over all samples; None stands for zeros.
 
@@ -208,6 +242,20 @@ class BatchedLoss:
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Return views of a flat vector, one in the shape of each parameter."""
         return unflatten(vector, self.parameters)
+
+    def checked(self, name: str, vector: Tensor) -> Tensor:
+        """Return a flat vector that was passed under a name.
+
+        Raises:
+            ValueError: If it has another shape.
+        """
+        size = self.vectors.local_size
+        if vector.shape != (size,):
+            raise ValueError(
+                f"Expected `{name}` to be a flat vector of shape ({size},), one entry per measured parameter, got "
+                f"shape {tuple(vector.shape)}."
+            )
+        return vector
 
 
 @contextmanager

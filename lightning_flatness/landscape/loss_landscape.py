@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from lightning_flatness.landscape.output_loss import output_loss_of
 from lightning_flatness.landscape.point import Point
 from lightning_flatness.landscape.samples import Samples
 from lightning_flatness.landscape.update import OptimizerStep
+from lightning_flatness.landscape.vectors import Vectors
 from lightning_flatness.module.loss import LossFunction, measured_parameters, training_step_of
 from lightning_flatness.module.modes import Mode
 from lightning_flatness.module.sharding import check_gathered, check_sharding, reshard
@@ -42,7 +43,7 @@ class LossLandscape:
     is initialised, the batches of each rank are its share of the samples, and the mean runs over all ranks with
     one all-reduce per evaluation; so all ranks have to make the same calls. Weights sharded by ``fully_shard`` (FSDP2)
     or tensor parallelism are gathered on every rank for a measurement, in the precision in which they are stored: it
-    then holds the weights in full besides its vectors.
+    then holds the weights in full besides its vectors; those of a :class:`ShardedLandscape` stay sharded.
 
     Evaluations leave modes, buffers, ``.grad``, generators, torchmetrics, attributes and loggers as they were, even if
     one raises. A batch sees the same random numbers in every evaluation: the loss is one function, with dropout too.
@@ -99,6 +100,9 @@ class LossLandscape:
         tensor([28.])
     """
 
+    _loss_class: ClassVar[type[BatchedLoss]] = BatchedLoss
+    _measured_module = staticmethod(measured_module)
+
     def __init__(
         self,
         module: nn.Module,
@@ -124,8 +128,7 @@ class LossLandscape:
         reshard(self._module)
         self._parameters = measured_parameters(self._module, parameters)
         self.num_parameters = sum(p.numel() for p in self._parameters)
-        self.device = self._parameters[0].device
-        self.dtype = vector_dtype(self._parameters)
+        self.device, self.dtype = self._parameters[0].device, vector_dtype(self._parameters)
         check_sharding(self._module, self.num_parameters, self.device)
         self.samples = Samples.read(batches, batch_size_fn, self.device, num_total)
         self.cost, self.operators = Cost(), Operators()
@@ -168,26 +171,31 @@ class LossLandscape:
             raise RuntimeError("Expected a call inside a measurement. Open `with landscape.measurement():`.")
         return self._loss
 
-    @contextmanager
-    def measurement(self) -> Iterator[LossLandscape]:
+    def measurement(self, *, on_shards: bool = False) -> AbstractContextManager[LossLandscape]:  # noqa: ARG002
         """Hold the module still for several evaluations at the same weights.
 
         Inside the block the module stays isolated, and the gradient and its graphs are kept (as far as
         ``graph_memory`` goes). Metrics open it themselves; open it around several of them to let them share the
         graphs. Do not train the weights inside. Blocks nest.
 
-        Yields:
-            The landscape itself.
+        Args:
+            on_shards: Whether the block takes vectors of which each rank holds a part; :class:`ShardedLandscape` asks.
+
+        Returns:
+            The block. It yields the landscape itself.
         """
+        return self._measurement()
+
+    @contextmanager
+    def _measurement(self) -> Iterator[LossLandscape]:
         if self._loss is not None:
             with torch.inference_mode(False), torch.enable_grad():  # Metric.update has turned gradients off again
                 yield self
             return
         graphs = GraphStore(self._products.budget(self.graph_memory), keeps_first=len(self.samples.batches) == 1)
-        with measured_module(self._module, self._parameters, self.mode, self.seed) as measured:
-            self._loss = BatchedLoss(
-                measured, self.loss_fn, self.samples, self.cost, self.operators, self.on_evaluation, Point(graphs)
-            )
+        own = self.loss_fn, self.samples, self.cost, self.operators, self.on_evaluation, Point(graphs)
+        with self._measured_module(self._module, self._parameters, self.mode, self.seed) as measured:
+            self._loss = self._loss_class(measured, *own)
             try:
                 yield self
             finally:
@@ -196,28 +204,29 @@ class LossLandscape:
     @contextmanager
     def displaced(self, displacement: Tensor, scale: float = 1.0) -> Iterator[None]:
         """Evaluate at ``w + scale · displacement`` inside the block; the weights come back bit for bit."""
-        self._check_vector("displacement", displacement)
-        with self.measurement(), self.batched_loss.displaced(displacement, scale):
+        with self._measurement(), self.batched_loss.displaced(displacement, scale):
             yield
 
     def chart(self, geometry: str | Geometry) -> Chart:
         """Return the coordinates of a geometry around the current weights, once made in each :meth:`measurement`."""
-        with self.measurement():
+        with self._measurement():
             charts = self.batched_loss.point.charts
             if geometry not in charts:
                 bound = resolve_geometry(geometry).for_optimizer(self.optimizer).for_loss(self.batched_loss.first_batch)
-                charts[geometry] = bound.chart(self.module, self.parameters, self.dtype)
+                charts[geometry] = self._chart(bound)
             return charts[geometry]
 
+    def _chart(self, geometry: Geometry) -> Chart:
+        return geometry.chart(self.module, self.parameters, self.dtype)
+
+    def vectors_in(self, chart: Chart) -> Vectors:
+        """Return where the vectors of coordinates are: whole in each process, here."""
+        return Vectors(chart.num_coordinates, self.dtype, self.device)
+
     def derived(self, graph_memory: float, **changes: Any) -> LossLandscape:
-        """Return a landscape at the same weights, to be used inside the same :meth:`measurement`.
+        """Return a landscape at the same weights, for use inside the same :meth:`measurement`.
 
-        Args:
-            graph_memory: Bytes of graphs that it may keep.
-            changes: New values of ``samples``, ``loss_fn`` or ``cost``.
-
-        Raises:
-            RuntimeError: If called outside of a measurement.
+        It may keep graphs of ``graph_memory`` bytes; ``changes`` are of ``samples``, ``loss_fn`` or ``cost``.
         """
         derived = copy.copy(self)
         changes["operators"] = replace(self.operators)
@@ -237,7 +246,7 @@ class LossLandscape:
         Raises:
             ValueError: If the loss is not finite, unless that is allowed.
         """
-        with self.measurement():
+        with self._measurement():
             return self.batched_loss.value(allow_non_finite=allow_non_finite)
 
     def gradient(self, *, keep_graphs: bool = False) -> Tensor:
@@ -248,7 +257,7 @@ class LossLandscape:
         Args:
             keep_graphs: Leave its graphs to the Hessian-vector products that follow, as far as there is room.
         """
-        with self.measurement():
+        with self._measurement():
             point = self.batched_loss.point
             if point.gradient is None:
                 point.gradient = self.batched_loss.gradient(self._products.keep_graphs if keep_graphs else None)
@@ -257,7 +266,7 @@ class LossLandscape:
 
     def loss_and_gradient(self) -> tuple[Tensor, Tensor]:
         """Return ``L(w)`` and its gradient, for the price of the gradient."""
-        with self.measurement():
+        with self._measurement():
             return self.batched_loss.value_and_gradient()
 
     def hvp(self, v: Tensor) -> Tensor:
@@ -269,9 +278,8 @@ class LossLandscape:
         Raises:
             NotTwiceDifferentiableError: If an operator has no second derivative and the engine was chosen by name.
         """
-        self._check_vector("v", v)
-        with self.measurement():
-            return self._products.hessian(self.batched_loss, v)
+        with self._measurement():
+            return self._products.hessian(self.batched_loss, self.batched_loss.checked("v", v))
 
     def ggnvp(self, v: Tensor) -> Tensor:
         """Return ``Jᵀ B J v``, the product of the Gauss-Newton matrix of ``L`` at ``w`` with a flat vector.
@@ -283,18 +291,10 @@ class LossLandscape:
             TypeError: If the ``loss_fn`` is not an :class:`OutputLoss`.
             NotTwiceDifferentiableError: If an operator has no second derivative and the engine was chosen by name.
         """
-        self._check_vector("v", v)
         output_loss_of(self, "the Gauss-Newton matrix, operator='ggn'")
-        with self.measurement():
-            return self._products.gauss_newton(self.batched_loss, v)
+        with self._measurement():
+            return self._products.gauss_newton(self.batched_loss, self.batched_loss.checked("v", v))
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Return views of a flat vector, one in the shape of each measured parameter."""
         return unflatten(vector, self.parameters)
-
-    def _check_vector(self, name: str, vector: Tensor) -> None:
-        if vector.shape != (self.num_parameters,):
-            raise ValueError(
-                f"Expected `{name}` to be a flat vector of shape ({self.num_parameters},), one entry per measured "
-                f"parameter, got shape {tuple(vector.shape)}."
-            )

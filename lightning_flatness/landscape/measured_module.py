@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_flatness.landscape.ranks import check_ranks
+from lightning_flatness.landscape.ranks import check_ranks, rank_check
 from lightning_flatness.module.batches import copy_batch
 from lightning_flatness.module.loss import LossFunction, check_loss, loss_in
 from lightning_flatness.module.modes import Mode
+from lightning_flatness.module.sharded_twin import ShardedTwin
 from lightning_flatness.module.sharding import gathered
+from lightning_flatness.module.shards import standing_in
 from lightning_flatness.module.twin import Twin, twin_of
 
 
@@ -33,6 +35,19 @@ def measured_module(module: nn.Module, parameters: Sequence[Tensor], mode: Mode,
     """
     check_ranks(parameters[0].device)
     with gathered(module, parameters) as whole_parameters, twin_of(module, whole_parameters, mode, seed) as twin:
+        twin.differentiate_measured()
+        yield twin
+
+
+@contextmanager
+def sharded_module(module: nn.Module, parameters: Sequence[Tensor], mode: Mode, seed: int) -> Iterator[Twin]:
+    """Make the module of one measurement, of whose parameters this rank has slices; see :func:`measured_module`."""
+    check = rank_check(parameters[0].device)
+    check()
+    with (
+        standing_in(module, parameters, check) as stand_ins,
+        twin_of(module, stand_ins, mode, seed, ShardedTwin) as twin,
+    ):
         twin.differentiate_measured()
         yield twin
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -60,10 +61,19 @@ def check_ranks(device: torch.device) -> None:
         RankFailedError: If one has.
     """
     if _LEAVES_TOGETHER.get():
-        num_failed = torch.zeros((), device=device)
-        dist.all_reduce(num_failed)
-        if num_failed > 0:
-            raise RankFailedError("Measuring failed on another rank; see its error.")
+        _check_ranks(device)
+
+
+def rank_check(device: torch.device) -> Callable[[], None]:
+    """Return :func:`check_ranks` for the block that this thread is in now, also for the threads of backward passes."""
+    return partial(_check_ranks, device) if _LEAVES_TOGETHER.get() else lambda: None
+
+
+def _check_ranks(device: torch.device) -> None:
+    num_failed = torch.zeros((), device=device)
+    dist.all_reduce(num_failed)
+    if num_failed > 0:
+        raise RankFailedError("Measuring failed on another rank; see its error.")
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lightning_flatness.landscape.ranks import rank_and_world_size, total_count
+from lightning_flatness.landscape.ranks import check_ranks, rank_and_world_size, total_count
 from lightning_flatness.module.batches import (
     copy_batch,
     infer_batch_size,
@@ -30,12 +31,18 @@ class Samples:
         sizes: Number of samples of each.
         num_samples: Number of samples on all ranks.
         num_total: Number of samples of the whole set that they were drawn from; None if that is not known.
+        lengths: Number of samples in each batch, where that is not ``sizes``, the number of those that count.
     """
 
     batches: list[Any]
     sizes: list[int]
     num_samples: int
     num_total: int | None = None
+    lengths: list[int] | None = None
+
+    def length(self, index: int) -> int:
+        """Return the number of samples in a batch; more than its size where it is there for other ranks only."""
+        return (self.sizes if self.lengths is None else self.lengths)[index]
 
     @property
     def unseen_share(self) -> float:
@@ -71,6 +78,32 @@ class Samples:
     def fresh(self, index: int) -> Any:
         """Return a copy of a batch: user code may write into its batch, or pop from it."""
         return copy_batch(self.batches[index])
+
+    def in_step(self, device: torch.device) -> Samples:
+        """Return as many batches on each rank as on the one with most, by one more than once whose samples count none.
+
+        All ranks have to call this together.
+        """
+        rank, world_size = rank_and_world_size()
+        if world_size == 1:
+            return self
+        check_ranks(device)
+        most = torch.tensor([len(self.batches), -len(self.batches), rank if self.batches else -1], device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        num_batches, least, giver = most.tolist()
+        repeated: list[Any] = [(self.batches[-1], self.sizes[-1])] if self.batches else [None]
+        if least == 0:
+            given = list(repeated)
+            dist.broadcast_object_list(given, giver)
+            repeated = repeated if self.batches else given
+        batch, length = repeated[0]
+        num_missing = num_batches - len(self.batches)
+        return replace(
+            self,
+            batches=[*self.batches, *[prepare_batch(batch, device)] * num_missing],
+            sizes=[*self.sizes, *[0] * num_missing],
+            lengths=[*self.sizes, *[length] * num_missing],
+        )
 
     def parts(self, num_samples: int, device: torch.device) -> list[Samples]:
         """Return disjoint parts of ``num_samples`` over all ranks, which call this together; the last may be smaller.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -48,7 +48,7 @@ class SampleLosses:
     def __init__(self, landscape: LossLandscape, value: float | None = None) -> None:
         self._landscape = landscape
         loss = landscape.batched_loss
-        self._pieces: list[tuple[int, Any]] | None = None
+        self._pieces: Sequence[tuple[int, Any]] | None = None
         self._is_checked = False
         point = loss.point
         if point.sample_losses is None:
@@ -131,7 +131,8 @@ class SampleLosses:
     def _divide(self, least: int = 2) -> None:
         """Take groups of some samples at least in the place of samples from now on: BatchNorm refuses a single one."""
         loss = self._landscape.batched_loss
-        self._pieces, self.sizes = _groups(loss, max(least, self._landscape.num_samples // NUM_GROUPS))
+        pieces, self.sizes = _groups(loss, max(least, self._landscape.num_samples // NUM_GROUPS))
+        self._pieces = loss.in_step(pieces)
         self.at_weights = self._by_group()
 
     def standard_error(self, values: Tensor) -> float:
@@ -167,7 +168,8 @@ class SampleLosses:
 
     def _by_group(self) -> Tensor:
         assert self._pieces is not None
-        return self._joined(_loss_of(self._landscape.batched_loss, index, piece) for index, piece in self._pieces)
+        loss = self._landscape.batched_loss
+        return self._joined(_loss_of(loss, index, piece) for index, piece in self._pieces)[: len(self.sizes)]
 
     def _joined(self, losses: Iterator[Tensor]) -> Tensor:
         self._landscape.cost.gradient_evaluations += 1 / 3
@@ -218,7 +220,7 @@ def _second_by_vmap(
 
 def _by_vmap(loss: BatchedLoss, index: int, function: Callable[[Callable[[], Any]], Tensor]) -> Tensor:
     """Return a function's values on the samples of a batch, in batches of one; not numbers if it fails."""
-    batch, size = loss.samples.fresh(index), loss.samples.sizes[index]
+    batch, size, num_counted = loss.samples.fresh(index), loss.samples.length(index), loss.samples.sizes[index]
     is_sliced = [leaf.dim() > 0 and leaf.shape[0] == size for leaf in tensors_in(batch)]
 
     def of_sample(*sample: Tensor) -> Tensor:
@@ -232,15 +234,16 @@ def _by_vmap(loss: BatchedLoss, index: int, function: Callable[[Callable[[], Any
 
     in_dims = tuple(0 if sliced else None for sliced in is_sliced)
     if loss.measured.has_hidden_weights:  # written to inside a transform they crash torch
-        return torch.full((size,), math.nan, device="cpu")
+        return torch.full((num_counted,), math.nan, device="cpu")
     try:
-        with torch.no_grad(), loss.measured.forward_pass(index), _no_warnings():
+        with torch.no_grad(), loss.measured.forward_pass(index), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of operators that vmap has to loop over
             values: Tensor = torch.func.vmap(of_sample, in_dims=in_dims, randomness="same")(*tensors_in(batch))
-            return values.cpu()
+            return values.cpu()[:num_counted]
     except MemoryError:
         raise
     except Exception:  # a branch on data, a buffer written in place, an operator without a rule, a sample too few
-        return torch.full((size,), math.nan, device="cpu")
+        return torch.full((num_counted,), math.nan, device="cpu")
 
 
 def _second_of_group(
@@ -267,10 +270,16 @@ def _dots(gradient: Sequence[Tensor | None], direction: Sequence[Tensor]) -> Ten
 
 
 def _groups(loss: BatchedLoss, group_size: int) -> tuple[list[tuple[int, Any]], Tensor]:
-    """Divide this rank's batches into groups of nearly equal size; a batch that cannot be split is one."""
+    """Divide this rank's batches into groups of nearly equal size; a batch that cannot be split is one.
+
+    Returns:
+        Groups, each with the number of its batch, and their sizes. Where all batches are there for other ranks only:
+        one of them, and no sizes.
+    """
     pieces: list[tuple[int, Any]] = []
     sizes: list[int] = []
-    for index in loss.indices:
+    counted = [i for i in loss.indices if loss.samples.sizes[i] == loss.samples.length(i)]
+    for index in counted:
         batch, size = loss.samples.batches[index], loss.samples.sizes[index]
         num_groups = max(1, size // group_size)
         ends = [round(i * size / num_groups) for i in range(num_groups + 1)]
@@ -280,6 +289,7 @@ def _groups(loss: BatchedLoss, group_size: int) -> tuple[list[tuple[int, Any]], 
             parts, ends = [batch], [0, size]
         pieces += [(index, part) for part in parts]
         sizes += [b - a for a, b in pairwise(ends)]
+    pieces = pieces or [(i, loss.samples.batches[i]) for i in loss.indices[-1:]]
     return pieces, torch.tensor(sizes, dtype=torch.float64, device="cpu")
 
 
@@ -289,10 +299,3 @@ def _loss_of(loss: BatchedLoss, index: int, batch: Any) -> Tensor:
         output = loss.loss_fn(loss.module, copy_batch(batch))
     # Not finite: of samples that are all left out (`ignore_index`), or far away. The error is then not known.
     return check_loss(loss_in(output), allow_non_finite=True).detach().cpu().reshape(1)
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of operators that vmap has to loop over
-        yield

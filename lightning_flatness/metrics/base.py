@@ -140,11 +140,16 @@ class FlatnessMetric(Metric):
                 "Pass LossLandscape(module, batches, loss_fn)."
             )
         spent = landscape.cost.gradient_evaluations
-        with landscape.measurement():
+        with landscape.measurement(on_shards=self.takes_shards):
             result = self.estimate(landscape)
         self.store(result, landscape.dtype)
         spent = landscape.cost.gradient_evaluations - spent
         self.gradient_evaluations = torch.tensor(spent, dtype=torch.float32, device=self.device)
+
+    @property
+    def takes_shards(self) -> bool:
+        """Whether a :class:`ShardedLandscape` can be measured, whose vectors are spread over the ranks."""
+        return False
 
     def estimate(self, landscape: LossLandscape) -> Any:
         """Return the result of the estimator with the settings of this metric."""

@@ -26,6 +26,7 @@ from lightning_flatness.estimators.krylov.basis import mixed
 from lightning_flatness.estimators.sampling import eigenvalue_standard_errors
 from lightning_flatness.geometry import Euclidean, Geometry, OptimizerGeometry, is_preconditioned
 from lightning_flatness.landscape import LossLandscape
+from lightning_flatness.landscape.sharded_landscape import takes_shards
 from lightning_flatness.metrics.base import Curve, arguments
 from lightning_flatness.metrics.layered import LayeredMetric
 
@@ -44,11 +45,17 @@ class EigenvalueMetric(LayeredMetric):
         super().reset()
         self.start = None
 
+    @property
+    def takes_shards(self) -> bool:
+        """Whether a :class:`ShardedLandscape` can be measured: by its Hessian, in a geometry of single tensors."""
+        return self.operator == "hessian" and not self.per_layer and takes_shards(self.geometry)
+
     def estimate(self, landscape: LossLandscape) -> Estimate:
         """Find the eigenvalues."""
         start = None if self.start is None else self.start.to(landscape.device)
         result = self.estimator(landscape, start=start, **self.settings)
-        self.start = mixed(result.subspace, self.k)  # all that a start takes from them, in the memory of one
+        vectors = landscape.vectors_in(landscape.chart(self.geometry))
+        self.start = mixed(result.subspace, self.k, vectors)  # all that a start takes from them, in the memory of one
         errors = self._standard_errors(landscape, result.eigenvalues, result.eigenvectors)
         found = Estimate(
             result.eigenvalues, result.residuals, result.converged, result.num_products, standard_error=errors

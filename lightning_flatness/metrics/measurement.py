@@ -74,7 +74,7 @@ def measure_metrics(
     """
     measured = Measurement()
     before = landscape.cost.gradient_evaluations
-    with landscape.measurement():
+    with landscape.measurement(on_shards=all(metric.takes_shards for metric in metrics.values())):
         for name, metric in metrics.items():
             if isinstance(metric, BatchSharpness):
                 metric.run_batch_size = batch_size

@@ -4,7 +4,8 @@
 layer's weights, and around ``backward`` that scatter its gradient; second derivatives do not pass through these hooks.
 Tensor parallelism computes with the slices. A measurement replaces the slices by the whole weights and suspends the
 hooks, so the module is the plain one on every rank, as under DDP. Slices and their gradients do not change. Every
-rank holds the whole weights, beside the vectors of the measurement, which are as long.
+rank holds the whole weights, beside the vectors of the measurement, which are as long. The module ``shards`` has the
+way that leaves both sharded.
 """
 
 from __future__ import annotations
@@ -185,14 +186,12 @@ def gathered(module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[T
         What the module holds in the place of ``parameters``; the same where nothing is sharded.
     """
     reshard(module)
-    exchanged = [
-        (m, name, t) for m in module.modules() for name, t in (*_tensors_of(m),) if t is not None and is_sharded(t)
-    ]
+    exchanged = [(m, name, t) for m in module.modules() for name, t in named_tensors(m) if is_sharded(t)]
     if not exchanged:
         present = {id(sharded_form(p)): p for p in module.parameters()}  # inside another block of another landscape
         yield [present.get(id(p), p) for p in parameters]
         return
-    with _without_hooks(module):
+    with without_hooks(module):
         try:
             forms = _whole_forms([t for _, _, t in exchanged])
             for submodule, name, tensor in exchanged:
@@ -203,8 +202,9 @@ def gathered(module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[T
                 setattr(submodule, name, tensor)
 
 
-def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    own: list[tuple[str, Tensor | None]] = list(module.named_parameters(recurse=False, remove_duplicate=False))
+def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers of a module itself, under each of their names."""
+    own: list[tuple[str, Tensor]] = list(module.named_parameters(recurse=False, remove_duplicate=False))
     return [*own, *module.named_buffers(recurse=False, remove_duplicate=False)]
 
 
@@ -223,7 +223,7 @@ def _whole_forms(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
 
 
 @contextmanager
-def _without_hooks(module: nn.Module) -> Iterator[None]:
+def without_hooks(module: nn.Module) -> Iterator[None]:
     """Suspend the forward hooks of FSDP2 and tensor parallelism.
 
     There is no public way to suspend them, and the states that hold their handles are private, too. These dictionaries

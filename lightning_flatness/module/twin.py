@@ -37,7 +37,9 @@ _named: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictiona
 
 
 @contextmanager
-def twin_of(module: nn.Module, parameters: Sequence[Tensor], mode: Mode, seed: int) -> Iterator[Twin]:
+def twin_of(
+    module: nn.Module, parameters: Sequence[Tensor], mode: Mode, seed: int, kind: type[Twin] | None = None
+) -> Iterator[Twin]:
     """Copy a module for a measurement, and set what it shares with the run: generators, kernels, precision.
 
     Args:
@@ -45,6 +47,7 @@ def twin_of(module: nn.Module, parameters: Sequence[Tensor], mode: Mode, seed: i
         parameters: Those of its parameters that are measured.
         mode: Which layers act as in training; see :mod:`lightning_flatness.module.modes`.
         seed: Seed of the random numbers of every forward pass.
+        kind: The class of the twin.
 
     Yields:
         The twin.
@@ -57,7 +60,7 @@ def twin_of(module: nn.Module, parameters: Sequence[Tensor], mode: Mode, seed: i
         stack.enter_context(torch.enable_grad())
         stack.enter_context(twice_differentiable(module, device))
         is_first = module not in _named
-        twin = Twin(module, parameters, mode, seed, mixes_precisions=has_autocast)
+        twin = (kind or Twin)(module, parameters, mode, seed, mixes_precisions=has_autocast)
         outside = Outside(original for original, _ in twin.modules) if is_first else None
         yield twin
         if outside is not None and (changed := outside.changed()):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_flatness.estimators import lanczos
 from lightning_flatness.estimators.krylov.basis import Basis
-from lightning_flatness.estimators.krylov.solver import KrylovSolver
+from lightning_flatness.landscape.vectors import Vectors
 
 SPECTRA = {
     "outliers": [100.0, 50.0, 30.0, 20.0, 10.0, *torch.linspace(-0.5, 1.5, 115).tolist()],
@@ -192,7 +192,7 @@ def test_bad_arguments(options, message):
 
 def test_what_is_left_of_a_vector_is_orthogonal_to_the_basis_even_if_little_is_left():
     rows, _ = torch.linalg.qr(torch.randn(500, 9, generator=torch.Generator().manual_seed(0)))
-    basis = Basis(8, 500, torch.float32, torch.device("cpu"))
+    basis = Basis(8, Vectors(500, torch.float32, torch.device("cpu")))
     for row in rows.T[:8]:
         basis.append(row)
     vector = 1e4 * rows.T[0] + rows.T[8]
@@ -203,6 +203,6 @@ def test_what_is_left_of_a_vector_is_orthogonal_to_the_basis_even_if_little_is_l
 
 
 def test_the_noise_does_not_cancel_the_start(monkeypatch):
-    monkeypatch.setattr(KrylovSolver, "_random_vector", lambda self: -torch.ones(self.size))
+    monkeypatch.setattr(Vectors, "gaussian", lambda self, generator: -torch.ones(self.size))
     result = lanczos(lambda v: 3 * v, 4, start=torch.ones(4), start_noise=1.0)
     torch.testing.assert_close(result.eigenvalues, torch.tensor([3.0]))

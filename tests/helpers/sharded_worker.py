@@ -204,7 +204,7 @@ class Recurrent(nn.Module):
         return self.head(self.norm(self.rnn(x)[0][:, -1]))
 
 
-def train(measure: bool) -> tuple[dict[str, Any], list[Any]]:
+def train(kind: type[LossLandscape] | None) -> tuple[dict[str, Any], list[Any]]:
     """Accumulate gradients, evaluate (which leaves weights gathered) and measure in between; return all tensors."""
     torch.manual_seed(0)
     module = Recurrent().double()
@@ -225,9 +225,9 @@ def train(measure: bool) -> tuple[dict[str, Any], list[Any]]:
         with torch.no_grad():
             losses.append(float(module(x).square().mean()))
         module.train()
-        if measure:
+        if kind is not None:
             before = list(calls), [(p, p._version, p.grad, p.grad._version) for p in _sharded(module)]
-            land = LossLandscape(module, [x], lambda m, b: m(b).square().mean(), optimizer=optimizer, mode="train")
+            land = kind(module, [x], lambda m, b: m(b).square().mean(), optimizer=optimizer, mode="train")
             for geometry in ("euclidean", "layer", *(["optimizer"] if step else [])):
                 TopEigenvalues(geometry=geometry).update(land)
             assert calls == before[0]
@@ -254,7 +254,7 @@ def whole(tensor: Tensor) -> Tensor:
 def no_trace(out: Path) -> dict[str, Any]:
     """Train with and without measurements."""
     with process_group():
-        return {"with": train(True)[0], "without": train(False)[0]}
+        return {"with": train(LossLandscape)[0], "without": train(None)[0]}
 
 
 class ShardedBusy(Busy):

@@ -12,7 +12,7 @@ from helpers.problems import Problem, all_problems, cross_entropy, make_problem
 from torch import Tensor, nn
 
 from lightning_flatness import LossLandscape
-from lightning_flatness.landscape.engines.finite_difference import length_scale
+from lightning_flatness.landscape.engines.finite_difference import relative_length
 
 NUM_PRODUCTS = 5
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -166,11 +166,11 @@ def test_a_step_that_fits_no_more_is_chosen_anew():
     assert landscape.product_error < 1e-4
 
 
-def test_length_scale():
-    w = [torch.tensor([3.0, 4.0]), torch.tensor([0.1])]
-    assert length_scale(w, [torch.tensor([1.0, 0.0]), torch.zeros(1)]) == pytest.approx(5)
-    assert length_scale(w, [torch.zeros(2), torch.tensor([2.0])]) == pytest.approx(0.05)
-    assert length_scale([torch.zeros(3)], [torch.tensor([0.0, 3.0, 4.0])]) == pytest.approx(math.sqrt(3) / 5)
+def test_length_of_a_step_relative_to_the_tensors():
+    weights = torch.tensor([5.0, 0.1])
+    assert relative_length(weights, torch.tensor([1.0, 0.0]), [2, 1]) == pytest.approx(5)
+    assert relative_length(weights, torch.tensor([0.0, 2.0]), [2, 1]) == pytest.approx(0.05)
+    assert relative_length(torch.zeros(1), torch.tensor([5.0]), [3]) == pytest.approx(math.sqrt(3) / 5)
 
 
 def _vector(landscape: LossLandscape, seed: int = 0) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_flatness.landscape.vectors import Vectors
+
 _BLOCK = 4
 _STRIP = 2**20
 _NUM_NEWEST = 2
@@ -15,16 +17,16 @@ _SPARE_WEIGHT = 0.3
 class Basis:
     """Orthonormal rows in blocks: memory grows with use, and projections are matrix products.
 
-    If the final rows fill the ``first_block``, :meth:`rows` needs no copy.
+    Of sharded vectors, each rank holds its entries of every row, and a projection takes one sum over the ranks. If the
+    final rows fill the ``first_block``, :meth:`rows` needs no copy.
     """
 
-    def __init__(
-        self, capacity: int, size: int, dtype: torch.dtype, device: torch.device, first_block: int = _BLOCK
-    ) -> None:
+    def __init__(self, capacity: int, vectors: Vectors, first_block: int = _BLOCK) -> None:
         self.capacity = capacity
-        self.size = size
-        self.dtype = dtype
-        self.device = device
+        self.vectors = vectors
+        self.size = vectors.local_size
+        self.dtype = vectors.dtype
+        self.device = vectors.device
         self.first_block = min(first_block, capacity)
         self._blocks: list[Tensor] = []
         self._num_rows = 0
@@ -70,10 +72,10 @@ class Basis:
         """
         remainder = self._writable(vector)
         coefficients = torch.zeros(len(self), dtype=torch.float64, device="cpu")
-        newest = _take_out(remainder, [self[i][None] for i in range(max(0, len(self) - _NUM_NEWEST), len(self))])
+        newest = self._take_out(remainder, [self[i][None] for i in range(max(0, len(self) - _NUM_NEWEST), len(self))])
         for _ in range(2):
-            correction = _take_out(remainder, self._filled())
-            numbers = torch.cat([newest, correction, torch.linalg.vector_norm(remainder)[None]])
+            correction = self._take_out(remainder, self._filled())
+            numbers = torch.cat([newest, correction, self.vectors.norm(remainder)[None]])
             of_newest, of_all, norm = numbers.cpu().double().split([len(newest), len(self), 1])  # one synchronisation
             coefficients += of_all
             coefficients[len(self) - len(newest) :] += of_newest
@@ -81,6 +83,13 @@ class Basis:
             if not torch.linalg.vector_norm(of_all) > _SMALL_CORRECTION * norm:
                 break
         return coefficients, remainder, float(norm)
+
+    def _take_out(self, vector: Tensor, blocks: list[Tensor]) -> Tensor:
+        """Subtract from a vector, in place, its components along some rows; return these."""
+        found = self.vectors.total(torch.cat([vector.new_empty(0), *(block @ vector for block in blocks)]))
+        for block, along in zip(blocks, found.split([len(block) for block in blocks]), strict=True):
+            vector.addmv_(block.T, along, alpha=-1)
+        return found
 
     def _writable(self, vector: Tensor) -> Tensor:
         """Return the vector, or a copy if it shares memory with the basis: an operator may return its argument."""
@@ -100,27 +109,13 @@ class Basis:
         del self._blocks[len(self._filled()) :]
 
 
-def _take_out(vector: Tensor, blocks: list[Tensor]) -> Tensor:
-    """Subtract from a vector, in place, its components along orthonormal rows; return these."""
-    found = [block @ vector for block in blocks]
-    for block, along in zip(blocks, found, strict=True):
-        vector.addmv_(block.T, along, alpha=-1)
-    return torch.cat([vector.new_empty(0), *found])
-
-
-def normalized(vector: Tensor) -> Tensor:
-    """Return a vector of norm one in the same direction."""
-    unit: Tensor = vector / torch.linalg.vector_norm(vector)
-    return unit
-
-
-def mixed(vectors: Tensor, k: int) -> Tensor:
-    """Return a unit vector along the sum of the given vectors: the first ``k`` with weight one, the others with less.
+def mixed(rows: Tensor, k: int, vectors: Vectors) -> Tensor:
+    """Return a unit vector along the sum of the given ones: the first ``k`` with weight one, the others with less.
 
     If two eigenvalues have changed places, the newly wanted one is likely among the spare vectors. A run from the old
     top vector alone can converge to the wrong one.
     """
-    rows = vectors.reshape(-1, vectors.shape[-1])
+    rows = torch.atleast_2d(rows)
     if len(rows) == 1:
-        return normalized(rows[0])
-    return normalized(rows[:k].sum(dim=0).add_(rows[k:].sum(dim=0), alpha=_SPARE_WEIGHT))
+        return vectors.normalized(rows[0])
+    return vectors.normalized(rows[:k].sum(dim=0).add_(rows[k:].sum(dim=0), alpha=_SPARE_WEIGHT))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_flatness.estimators.krylov.solver import EigenResult, KrylovSolver, Which
+from lightning_flatness.landscape.vectors import Vectors
 
 TOLERANCE = 1e-2
 """Relative residual of eigenvalues: the default of metrics, of the monitor and of comparisons.
@@ -33,6 +34,7 @@ def lanczos(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     product_error: Callable[[], float] = lambda: 0.0,
+    vectors: Vectors | None = None,
 ) -> EigenResult:
     """Return ``k`` extreme eigenpairs of a symmetric operator by restarted Lanczos.
 
@@ -62,6 +64,8 @@ def lanczos(
         device: Of the vectors.
         product_error: Returns the error of the products so far, rounding of ``dtype`` aside, relative to the norm of
             the operator.
+        vectors: Where vectors are, if not whole in this process: ``size`` is then of all ranks, and the shapes of
+            vectors are those of this rank's entries. All ranks have to call this together.
 
     Returns:
         Values, residuals and vectors; ``converged`` is False if ``max_products`` or rounding came first.
@@ -76,10 +80,11 @@ def lanczos(
         tensor([5., 2.])
     """
     _check_arguments(size, k, which, tol, max_products, max_basis)
+    vectors = Vectors(size, dtype, torch.device(device)) if vectors is None else vectors
     if max_basis is None:
-        max_basis = min(max(256, 2 * k + 2), max(k + 8, 2 * k + 2, _BASIS_BYTES // (size * dtype.itemsize)))
-    device = torch.device(device)
-    solver = KrylovSolver(matvec, size, k, which, tol, min(max_basis, size), seed, dtype, device, product_error)
+        num_fitting = _BASIS_BYTES // (vectors.largest_local_size * vectors.dtype.itemsize)
+        max_basis = min(max(256, 2 * k + 2), max(k + 8, 2 * k + 2, num_fitting))
+    solver = KrylovSolver(matvec, vectors, k, which, tol, min(max_basis, size), seed, product_error)
     solver.begin(start, start_noise)
     del start  # frees its memory if nothing else refers to it
     return solver.run(max_products)

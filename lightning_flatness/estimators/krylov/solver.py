@@ -12,6 +12,7 @@ k = 1 the run goes on until a larger eigenvalue would have shown, also if the st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,7 @@ from torch import Tensor
 from lightning_flatness.estimators.krylov.basis import Basis, mixed
 from lightning_flatness.estimators.krylov.misses import Look, would_have_shown
 from lightning_flatness.estimators.operators import check_finite
+from lightning_flatness.landscape.vectors import Vectors
 
 Which = Literal["LA", "SA", "LM"]
 
@@ -69,26 +71,25 @@ class KrylovSolver:
     def __init__(
         self,
         matvec: Callable[[Tensor], Tensor],
-        size: int,
+        vectors: Vectors,
         k: int,
         which: Which,
         tol: float,
         max_basis: int,
         seed: int,
-        dtype: torch.dtype,
-        device: torch.device,
         product_error: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.product_error = product_error
         self.matvec = matvec
-        self.size = size
+        self.vectors = vectors
+        self.size = vectors.size
         self.k = k
         self.which = which
         self.tol = tol
-        self.eps = torch.finfo(dtype).eps
+        self.eps = torch.finfo(vectors.dtype).eps
         self.max_basis = max_basis
         self.generator = torch.Generator("cpu").manual_seed(seed)
-        self.basis = Basis(max_basis, size, dtype, device, first_block=k + _NUM_SPARE_VECTORS)
+        self.basis = Basis(max_basis, vectors, first_block=k + _NUM_SPARE_VECTORS)
         self.projection = torch.zeros(max_basis, max_basis, dtype=torch.float64, device="cpu")
         self.given_up = torch.zeros(0, max_basis, dtype=torch.float64, device="cpu")
         self.held: list[Tensor | None] = []
@@ -100,7 +101,7 @@ class KrylovSolver:
     def begin(self, start: Tensor | None, noise: float) -> None:
         """Set the first basis vector: the start vector (or a mixture of several) with noise, or a random one."""
         vector = self._start_vector(start, noise)
-        self.basis.append(vector, torch.linalg.vector_norm(vector))
+        self.basis.append(vector, self.vectors.norm(vector))
 
     def run(self, max_products: int) -> EigenResult:
         """Expand, project and restart until the wanted pairs have converged or the products are spent."""
@@ -259,23 +260,19 @@ class KrylovSolver:
         self.look.first, self.look.is_restarted = self.k, True
 
     def _start_vector(self, start: Tensor | None, noise: float) -> Tensor:
-        random = self._random_vector()
-        if start is None or not torch.isfinite(start).all() or not start.any():
+        random = self.vectors.gaussian(self.generator)
+        if start is None or not 0 < float(self.vectors.norm(start.reshape(-1))) < math.inf:
             return random
         self.is_start_random = False
         # From an exact eigenvector a run would stay there; the noise has a component along newly wanted directions.
-        known = mixed(start.reshape(-1, self.size).to(random), self.k)
-        sign = 1.0 if float(known @ random) >= 0 else -1.0  # so that the two cannot cancel
-        return known.add_(random, alpha=sign * noise / float(torch.linalg.vector_norm(random)))
+        known = mixed(start.to(random), self.k, self.vectors)
+        sign = 1.0 if float(self.vectors.dot(known, random)) >= 0 else -1.0  # so that the two cannot cancel
+        return known.add_(random, alpha=sign * noise / float(self.vectors.norm(random)))
 
     def _append_random_direction(self) -> None:
         """Add a random unit vector orthogonal to the basis."""
-        _, vector, norm = self.basis.orthogonalize(self._random_vector())
+        _, vector, norm = self.basis.orthogonalize(self.vectors.gaussian(self.generator))
         self.basis.append(vector, norm)
-
-    def _random_vector(self) -> Tensor:
-        vector = torch.randn(self.size, generator=self.generator, dtype=self.basis.dtype, device="cpu")
-        return vector.to(self.basis.device)
 
     def _result(self, values: Tensor, coefficients: Tensor, residuals: Tensor, converged: bool) -> EigenResult:
         self.remainder = self.nothing

@@ -11,23 +11,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_flatness.estimators.krylov.basis import mixed, normalized
+from lightning_flatness.estimators.krylov.basis import mixed
 from lightning_flatness.estimators.krylov.solver import Which
 from lightning_flatness.estimators.operators import Operator
 from lightning_flatness.geometry import Chart
 from lightning_flatness.geometry.base import LinearChart
 from lightning_flatness.landscape import LossLandscape
+from lightning_flatness.landscape.vectors import Vectors
 
 _GRADIENT_SHARE = 0.1
 _NOISE = 0.03
 _NOISE_BESIDE_THE_GRADIENT = 1.0
 
 
-def usable(start: Tensor | None, chart: Chart) -> Tensor | None:
+def usable(start: Tensor | None, vectors: Vectors) -> Tensor | None:
     """Return the eigenvectors of an earlier measurement if they have these coordinates and are finite, else None."""
-    if start is None or start.shape[-1] != chart.num_coordinates or not torch.isfinite(start).all():
-        return None
-    return start
+    fits = start is not None and start.shape[-1] == vectors.local_size and bool(torch.isfinite(start).all())
+    return start if vectors.agreed(fits) else None
 
 
 def start_vector(
@@ -56,18 +56,21 @@ def start_vector(
     Returns:
         A vector of shape (num_coordinates,), or None if nothing is known.
     """
+    vectors = landscape.vectors_in(chart)
     if which == "SA":
-        return None if previous is None else mixed(previous, k)
+        return None if previous is None else mixed(previous, k, vectors)
     known = landscape.batched_loss.point.sharp_covectors if shared else None
     if known is not None:
-        here = mixed(torch.stack([chart.pull_back(c) for c in known]), k)
+        here = mixed(torch.stack([chart.pull_back(c) for c in known]), k, vectors)
         if len(known) < k and previous is not None:
-            here = _added(here, previous if previous.dim() == 1 else mixed(previous, k))
-        return here if operator == "ggn" else _added(here, chart.pull_back(landscape.gradient()), _GRADIENT_SHARE)
+            here = _added(here, previous if previous.dim() == 1 else mixed(previous, k, vectors), vectors)
+        if operator == "ggn":
+            return here
+        return _added(here, chart.pull_back(landscape.gradient()), vectors, _GRADIENT_SHARE)
     if operator == "ggn" or (previous is not None and k > 1):
-        return None if previous is None else mixed(previous, k)
+        return None if previous is None else mixed(previous, k, vectors)
     gradient = chart.pull_back(landscape.gradient(keep_graphs=True))
-    return gradient if previous is None else _added(mixed(previous, k), gradient)
+    return gradient if previous is None else _added(mixed(previous, k, vectors), gradient, vectors)
 
 
 def start_noise(landscape: LossLandscape, previous: Tensor | None, *, shared: bool) -> float:
@@ -100,7 +103,8 @@ def start_in_block(
     if which == "SA" or operator == "ggn":
         return known, noise
     gradient = chart.pull_back(landscape.gradient(keep_graphs=True))[block]
-    return gradient if known is None else _added(known, gradient), noise
+    vectors = Vectors(len(gradient), landscape.dtype, landscape.device)
+    return gradient if known is None else _added(known, gradient, vectors), noise
 
 
 def remember_covectors(landscape: LossLandscape, chart: Chart, eigenvectors: Tensor) -> None:
@@ -114,9 +118,10 @@ def remember_covectors(landscape: LossLandscape, chart: Chart, eigenvectors: Ten
     )
 
 
-def _added(vector: Tensor, other: Tensor, share: float = 1.0) -> Tensor:
+def _added(vector: Tensor, other: Tensor, vectors: Vectors, share: float = 1.0) -> Tensor:
     """Return the sum of two directions. The sign of the second is arbitrary."""
-    if not (vector.any() and other.any()):
-        return vector if vector.any() else other
-    sign = 1.0 if float(vector @ other) >= 0 else -1.0
-    return normalized(vector) + sign * share * normalized(other)
+    has_length, other_has = (vectors.norms([vector, other]) > 0).tolist()
+    if not (has_length and other_has):
+        return vector if has_length else other
+    sign = 1.0 if float(vectors.dot(vector, other)) >= 0 else -1.0
+    return vectors.normalized(vector) + sign * share * vectors.normalized(other)

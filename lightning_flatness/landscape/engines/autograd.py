@@ -7,7 +7,6 @@ graph costs one more to build, and memory; the :class:`GraphStore` decides how m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_flatness.landscape.batched_loss import BatchedLoss
 from lightning_flatness.landscape.engines.base import BatchEngine
-from lightning_flatness.landscape.engines.second_derivatives import counted_bytes, from_autograd
+from lightning_flatness.landscape.engines.second_derivatives import from_autograd
 
 
 @dataclass
@@ -48,11 +47,11 @@ class Autograd(BatchEngine):
         kept: GradientGraph | None = graphs.get(key)
         if kept is not None:
             return kept, True
-        may_fit, no_count = graphs.may_fit(key), dict[int, int]()
-        with counted_bytes(loss.parameters) if may_fit else nullcontext(no_count) as storages:
-            value = loss.batch_loss(index)
+        may_fit = graphs.may_fit(key)
+        with loss.recorded(is_counted=may_fit) as storages:
+            value = loss.objective(index)
             if loss.operators.must_rewrite(value):
-                value = loss.batch_loss(index)
+                value = loss.objective(index)
             try:
                 gradient = torch.autograd.grad(value, loss.parameters, create_graph=True, allow_unused=True)
             except RuntimeError as error:
@@ -60,7 +59,7 @@ class Autograd(BatchEngine):
         loss.cost.add_batch_gradient(index, loss.samples.sizes)
         loss.leave_gradient(index, gradient)
         edges = [get_gradient_edge(g) if g is not None and g.requires_grad else None for g in gradient]
-        graph = GradientGraph(edges, sum(storages.values()))
+        graph = GradientGraph(edges, loss.agreed_bytes(storages))
         return graph, may_fit and graphs.offer(key, graph, graph.num_bytes)
 
     def multiply(

@@ -33,7 +33,7 @@ class BatchEngine(Engine):
     def product(self, loss: BatchedLoss, v: Tensor) -> Tensor:
         """Return the product for about two gradients, and one more for each graph that was built."""
         pieces = loss.unflatten(v)
-        with loss.summed(loss.num_parameters) as product:
+        with loss.summed_vector() as product:
             views = loss.unflatten(product)
             for index in loss.indices:
                 graph, is_kept = self.graph(loss, index)

@@ -52,22 +52,22 @@ class FiniteDifference(Engine):
         ``loss.operators.product_error`` becomes the largest error found over the largest product found, an error in
         units of the norm of ``H``.
         """
-        norm = float(torch.linalg.vector_norm(v))
+        norm = loss.norm(v)
         if norm == 0:
             return torch.zeros_like(v)
-        length = length_scale(loss.parameters, loss.unflatten(v))
+        length = length_scale(loss, v)
         loss.point.num_differences += 1
         number = loss.point.num_differences
         if self._relative_step is None:
             product = self._with_new_step(loss, v, length)
-            self._error = self._relative_error * _norm(product) / norm
+            self._error = self._relative_error * loss.norm(product) / norm
         else:
             product = _central_difference(loss, v, self._relative_step * length)
             if number == 1:  # other weights
-                self._error, self._largest = self._relative_error * _norm(product) / norm, 0.0
+                self._error, self._largest = self._relative_error * loss.norm(product) / norm, 0.0
             if number & (number - 1) == 0:
                 product = self._checked(loss, v, length, product)
-        self._largest = max(self._largest, _norm(product) / norm)
+        self._largest = max(self._largest, loss.norm(product) / norm)
         loss.operators.product_error = self._error / self._largest if self._largest > 0 else 0.0
         loss.cost.num_products += 1
         return product
@@ -75,11 +75,11 @@ class FiniteDifference(Engine):
     def _checked(self, loss: BatchedLoss, v: Tensor, length: float, product: Tensor) -> Tensor:
         """Return a product compared with one of twice the step; a better one if they differ by much."""
         assert self._relative_step is not None
-        norm = _norm(v)
-        error = _norm(_central_difference(loss, v, 2 * self._relative_step * length).sub_(product)) / norm
+        norm = loss.norm(v)
+        error = loss.norm(_central_difference(loss, v, 2 * self._relative_step * length).sub_(product)) / norm
         if error > _MUCH_WORSE * self._error:
             product = self._with_new_step(loss, v, length)
-            error = self._relative_error * _norm(product) / norm
+            error = self._relative_error * loss.norm(product) / norm
         self._error = max(self._error, error)
         return product
 
@@ -112,21 +112,23 @@ def _walk(
     while smallest <= step * factor <= _MAX_RELATIVE_STEP:
         following = _central_difference(loss, v, length * step * factor)
         finer = following if factor < 1 else difference
-        distance, norm = _norm(following - difference), _norm(finer)
+        distance, norm = loss.norm(following - difference), loss.norm(finer)
         yield (distance / norm if norm > 0 else 0.0 if distance == 0 else float("inf")), step * factor**0.5
         difference, step = following, step * factor
 
 
-def length_scale(parameters: Sequence[Tensor], pieces: Sequence[Tensor]) -> float:
-    """Return the ``h`` for which ``h v`` is as large as the weights, each tensor compared with its own norm.
+def length_scale(loss: BatchedLoss, v: Tensor) -> float:
+    """Return the ``h`` for which ``h v`` is as large as the weights, each tensor compared with its own norm."""
+    weights = loss.vectors.norms([p.detach().to(v.dtype) for p in loss.parameters])
+    return relative_length(weights, loss.vectors.norms(loss.unflatten(v)), loss.parameter_sizes)
 
-    ``1 / sqrt(sum_l ‖v_l‖² / ‖w_l‖²)``. A tensor of zeros counts as one of entries of the usual size, which is one if
-    all weights are zero.
+
+def relative_length(weights: Tensor, changes: Tensor, num_entries: Sequence[int]) -> float:
+    """Return ``1 / sqrt(sum_l ‖v_l‖² / ‖w_l‖²)``, given the norms of tensors and of their changes.
+
+    A tensor of zeros counts as one of entries of the usual size, which is one if all weights are zero.
     """
-    pairs = zip(parameters, pieces, strict=True)
-    weights = torch.stack([torch.linalg.vector_norm(p.detach().to(v.dtype)) for p, v in pairs])
-    changes = torch.stack([torch.linalg.vector_norm(v) for v in pieces])
-    sizes = torch.tensor([p.numel() for p in parameters], dtype=weights.dtype, device=weights.device)
+    sizes = torch.tensor(num_entries, dtype=weights.dtype, device=weights.device)
     usual = torch.linalg.vector_norm(weights) / sizes.sum().sqrt()
     usual = torch.where(usual > 0, usual, torch.ones_like(usual))
     lengths = torch.where(weights > 0, weights, usual * sizes.sqrt())
@@ -140,7 +142,3 @@ def _central_difference(loss: BatchedLoss, v: Tensor, step: float) -> Tensor:
     with loss.displaced(v, -step):
         backward = loss.gradient()
     return forward.sub_(backward).div_(2 * step)
-
-
-def _norm(v: Tensor) -> float:
-    return float(torch.linalg.vector_norm(v))

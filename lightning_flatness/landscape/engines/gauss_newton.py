@@ -76,8 +76,8 @@ class NumericGaussNewton(Engine):
         if not v.any():
             return torch.zeros_like(v)
         eps = max(torch.finfo(p.dtype).eps for p in loss.parameters)
-        step = eps ** (1 / 3) * length_scale(loss.parameters, loss.unflatten(v))
-        with loss.summed(loss.num_parameters) as product:
+        step = eps ** (1 / 3) * length_scale(loss, v)
+        with loss.summed_vector() as product:
             views = loss.unflatten(product)
             for index in loss.indices:
                 jv, coarse = (_difference_of_outputs(loss, index, v, factor * step) for factor in (1, 2))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from contextlib import suppress
 
-import torch
 from torch import Tensor
 
 from lightning_flatness.landscape.batched_loss import BatchedLoss
@@ -93,7 +92,6 @@ def _compare_with_differences(loss: BatchedLoss, v: Tensor, product: Tensor) -> 
     operators.is_verified = True
     numeric = FiniteDifference().product(loss, v)
     error, operators.product_error = operators.product_error, 0.0
-    difference = torch.linalg.vector_norm(product - numeric)
-    if difference > max(_CUSTOM_FUNCTION_TOLERANCE, 5 * error) * torch.linalg.vector_norm(numeric):
+    if loss.norm(product - numeric) > max(_CUSTOM_FUNCTION_TOLERANCE, 5 * error) * loss.norm(numeric):
         operators.product_error = error
         raise second_derivative_error("a torch.autograd.Function whose backward is not differentiable.")
