@@ -55,7 +55,7 @@ class ShardedLandscape(LossLandscape):
         >>> metric = TopEigenvalues()
         >>> metric.update(ShardedLandscape(module, batches, lambda module, x: module(x).square().mean()))
         >>> metric.compute().round(decimals=3)  # of 2 · mean x xᵀ = diag(1, 9)
-        tensor([9.])
+        tensor(9.)
     """
 
     _loss_class: ClassVar[type[BatchedLoss]] = ShardedLoss
