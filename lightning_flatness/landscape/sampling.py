@@ -278,8 +278,7 @@ def _groups(loss: BatchedLoss, group_size: int) -> tuple[list[tuple[int, Any]], 
     """
     pieces: list[tuple[int, Any]] = []
     sizes: list[int] = []
-    counted = [i for i in loss.indices if loss.samples.sizes[i] == loss.samples.length(i)]
-    for index in counted:
+    for index in [i for i in loss.indices if loss.samples.sizes[i] == loss.samples.length(i)]:
         batch, size = loss.samples.batches[index], loss.samples.sizes[index]
         num_groups = max(1, size // group_size)
         ends = [round(i * size / num_groups) for i in range(num_groups + 1)]
