@@ -42,7 +42,7 @@ def critical_sharpness(
         MissingUpdateError: If no optimizer step is known.
     """
     check_arguments({"tol": tol, "max_passes": max_passes})
-    with landscape.measurement():
+    with landscape.measurement(on_shards=True):
         change, rate = last_update(landscape, "CriticalSharpness")
         if not rate > 0:
             return replace(scalar_estimate(landscape, math.nan, math.nan, converged=True), remark=_NO_RATE)
@@ -75,17 +75,19 @@ def directional_sharpness(landscape: LossLandscape, *, tol: float = 0.1) -> Esti
         MissingUpdateError: If no optimizer step is known.
     """
     check_arguments({"tol": tol})
-    with landscape.measurement():
+    with landscape.measurement(on_shards=True):
         change, rate = last_update(landscape, "DirectionalSharpness")
-        length = float(torch.linalg.vector_norm(change))
+        vectors = landscape.batched_loss.vectors
+        length = float(vectors.norm(change))
         v = change / length
         with landscape.displaced(change):
             product, gradient = landscape.hvp(v), landscape.gradient()
-            check_finite(product)
-            bend, slope = float(torch.dot(v, product)), float(torch.dot(v, gradient))
+            size = vectors.norm(product)
+            check_finite(size)
+            bend, slope = float(vectors.dot(v, product)), float(vectors.dot(v, gradient))
             rounding = 16 * torch.finfo(landscape.dtype).eps
-            bend_error = (rounding + landscape.product_error) * float(torch.linalg.vector_norm(product))
-            slope_error = rounding * float(torch.linalg.vector_norm(gradient))
+            bend_error = (rounding + landscape.product_error) * float(size)
+            slope_error = rounding * float(vectors.norm(gradient))
             climbs = slope <= slope_error
             errors = quotient_standard_errors(landscape, v, bend, math.nan if climbs else slope)
     # u = change / rate, so that per unit of it the update is length / rate long.
@@ -103,15 +105,16 @@ def last_update(landscape: LossLandscape, purpose: str) -> tuple[Tensor, float]:
     """Return the weights before the last optimizer step minus those after it, a flat vector, and its learning rate.
 
     Args:
-        landscape: The loss.
+        landscape: The loss, inside one of its measurements.
         purpose: The name of the measure.
 
     Raises:
         MissingUpdateError: If there was no step, or it changed nothing.
     """
     step = landscape.update
-    change = None if step is None else step.change(landscape.parameters)
-    if step is None or change is None or not bool(change.any()):
+    loss = landscape.batched_loss
+    change = None if step is None else loss.change_of(step)
+    if step is None or change is None or not float(loss.vectors.norm(change)) > 0:
         got = "none" if step is None else "one that changed no weight"
         raise MissingUpdateError(
             f"Expected an optimizer step before {purpose}, whose update it is about, got {got}. Make the step inside "

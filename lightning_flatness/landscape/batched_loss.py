@@ -17,6 +17,7 @@ from lightning_flatness.landscape.engines.second_derivatives import Operators, c
 from lightning_flatness.landscape.point import Point
 from lightning_flatness.landscape.ranks import sum_over_ranks
 from lightning_flatness.landscape.samples import Samples
+from lightning_flatness.landscape.update import OptimizerStep
 from lightning_flatness.landscape.vectors import Vectors
 from lightning_flatness.module.cross_entropy import CompactCrossEntropy
 from lightning_flatness.module.kernels import DifferentiableWeightNorm
@@ -85,6 +86,10 @@ class BatchedLoss:
                 yield
         finally:
             self.point = here
+
+    def change_of(self, step: OptimizerStep) -> Tensor:
+        """Return the weights before an optimizer step minus those after it, a flat vector."""
+        return step.change(self.parameters)
 
     @property
     def first_batch(self) -> FirstBatch | None:

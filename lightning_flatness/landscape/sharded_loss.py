@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_flatness.landscape.batched_loss import BatchedLoss
 from lightning_flatness.landscape.ranks import check_ranks
+from lightning_flatness.landscape.update import OptimizerStep
 from lightning_flatness.landscape.vectors import ShardedVectors
 from lightning_flatness.module.loss import NonFiniteLossError, check_finite_loss
 from lightning_flatness.module.sharded_twin import ShardedTwin
@@ -58,6 +59,11 @@ class ShardedLoss(BatchedLoss):
             except NonFiniteLossError as error:
                 self._failure = error
         return loss
+
+    def change_of(self, step: OptimizerStep) -> Tensor:
+        """Return this rank's entries, from one whole tensor at a time."""
+        pairs = zip(self.measured.stand_ins, self.measured.shards, strict=True)
+        return torch.cat([shard.own(step.change([stand_in])).clone() for stand_in, shard in pairs])
 
     def objective(self, index: int) -> Tensor:
         """Return what a batch contributes to the mean over all samples."""

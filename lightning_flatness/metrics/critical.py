@@ -24,6 +24,11 @@ class UpdateMetric(FlatnessMetric):
     follows_update = True
     learning_rate = math.nan
 
+    @property
+    def takes_shards(self) -> bool:
+        """Whether a :class:`ShardedLandscape` can be measured, whose weights stay spread over the ranks: always."""
+        return True
+
     def reset(self) -> None:
         """Forget the latest value, and where the next measurement starts."""
         super().reset()

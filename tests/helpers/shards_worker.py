@@ -33,9 +33,12 @@ from helpers.sharded_worker import (
     train,
 )
 from lightning_flatness import (
+    CriticalSharpness,
+    DirectionalSharpness,
     FlatnessMonitor,
     InvariantSharpness,
     LossLandscape,
+    OptimizerStep,
     ShardedLandscape,
     TopEigenvalues,
 )
@@ -91,6 +94,32 @@ def values(out: Path) -> dict[str, Any]:
             landscape = ShardedLandscape(problem.module, batches, problem.loss_fn, mode=problem.mode, num_total=1000)
             found[f"{name}/{way}"] = measured(landscape)
     return found
+
+
+def along_update(make: Any, share: slice, shard_: Any = None) -> dict[str, list[float]]:
+    """Train one step on a batch that all ranks have, and measure along its update."""
+    problem = make_problem("relu_convnet")
+    if shard_ is not None:
+        shard_(problem.module)
+    optimizer = torch.optim.AdamW(problem.module.parameters(), lr=0.01)
+    problem.loss_fn(problem.module, problem.batches[0]).backward()
+    with OptimizerStep(optimizer) as update:
+        optimizer.step()
+    optimizer.zero_grad()
+    options = {"mode": problem.mode, "num_total": 1000, "update": update}
+    landscape = make(problem.module, problem.batches[share], problem.loss_fn, **options)
+    with landscape.measurement(on_shards=True):
+        found = {"entries": [float(len(landscape.batched_loss.change_of(update)))]}
+    for metric in (CriticalSharpness(), DirectionalSharpness()):
+        metric.update(landscape)
+        numbers = torch.cat([metric.value.flatten(), metric.error.flatten(), metric.standard_error.flatten()])
+        found[type(metric).__name__] = numbers.tolist()
+    return found
+
+
+def updates(out: Path) -> dict[str, Any]:
+    with process_group() as (rank, size):
+        return along_update(ShardedLandscape, slice(rank, None, size), shard)
 
 
 def products(out: Path) -> dict[str, Any]:
@@ -224,6 +253,6 @@ def survive(out: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     command, out, *numbers = sys.argv[1:]
     torch.set_num_threads(1)
-    commands = {f.__name__: f for f in (values, products, memory, no_trace, monitor, survive)}
+    commands = {f.__name__: f for f in (values, updates, products, memory, no_trace, monitor, survive)}
     result = commands[command](Path(out), *map(int, numbers))
     (Path(out) / f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))

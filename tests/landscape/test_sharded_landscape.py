@@ -10,7 +10,7 @@ from helpers.problems import cross_entropy, make_problem
 from helpers.ranks import run_ranks
 from helpers.registry import METRICS, make_landscape
 from helpers.sharded_worker import TensorParallel, make_batches
-from helpers.shards_worker import chosen, measured
+from helpers.shards_worker import along_update, chosen, measured
 from torch import Tensor, nn
 
 from lightning_flatness import (
@@ -44,6 +44,19 @@ def test_ranks_find_the_values_of_one_process(tmp_path, world_size):
         assert found.keys() == expected.keys()
         for key, numbers in expected.items():
             assert found[key] == pytest.approx(numbers, rel=1e-6, nan_ok=True), (name, way, key)
+
+
+@pytest.mark.slow
+def test_measures_along_an_update_take_the_entries_of_a_rank(tmp_path):
+    first, second = run_shards("updates", tmp_path)
+    whole = along_update(LossLandscape, slice(None))
+    (entries,) = whole.pop("entries")
+    sizes = [rank.pop("entries")[0] for rank in (first, second)]
+    assert sum(sizes) == entries
+    assert max(sizes) < 0.6 * entries
+    assert first == second
+    for name, numbers in whole.items():
+        assert first[name] == pytest.approx(numbers, rel=1e-6, abs=1e-12), name
 
 
 @pytest.mark.slow
