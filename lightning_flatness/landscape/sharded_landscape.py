@@ -36,8 +36,8 @@ class ShardedLandscape(LossLandscape):
     Flat vectors hold this rank's entries, a slice of each parameter after the other. It is for the eigenvalues of
     :class:`TopEigenvalues` and :class:`InvariantSharpness`, in geometries that look at one tensor at a time
     (``"euclidean"``, ``"layer"``, ``"filter"``, ``"element"``, ``"optimizer"``), and for :class:`CriticalSharpness` and
-    :class:`DirectionalSharpness`; other measures raise. All ranks must run the same operators: a loss that branches on its samples makes them wait for each other forever, and so may an
-    exception on one rank alone.
+    :class:`DirectionalSharpness`; other measures raise. All ranks must run the same operators: a loss that branches on
+    its samples makes them wait for each other forever, and so may an exception on one rank alone.
 
     Args:
         arguments: Those of :class:`LossLandscape`.
