@@ -155,7 +155,7 @@ def hessian_trace(
 def with_product_error(result: Estimate, landscape: LossLandscape, sampling: float | Tensor = math.nan) -> Estimate:
     """Return the estimate of an operator in the landscape's dtype, with the errors of its products and samples."""
     error = result.error + landscape.product_error * result.value.abs()
-    standard_error = torch.hypot(error, torch.as_tensor(sampling).to(error))
+    standard_error = torch.hypot(error, torch.as_tensor(sampling, dtype=error.dtype, device=error.device))
     value, error, standard_error = (
         t.to(landscape.dtype).to(landscape.device) for t in (result.value, error, standard_error)
     )
