@@ -88,12 +88,14 @@ def directional_sharpness(landscape: LossLandscape, *, tol: float = 0.1) -> Esti
             rounding = 16 * torch.finfo(landscape.dtype).eps
             bend_error = (rounding + landscape.product_error) * float(size)
             slope_error = rounding * float(vectors.norm(gradient))
-            climbs = slope <= slope_error
+            climbs = not slope > slope_error
             errors = quotient_standard_errors(landscape, v, bend, math.nan if climbs else slope)
     # u = change / rate, so that per unit of it the update is length / rate long.
     ratio = math.nan if climbs or not rate > 0 else length / rate
-    value = bend / slope * ratio if math.isfinite(ratio) else math.nan
-    error = (bend_error / slope + abs(bend) * slope_error / slope**2) * ratio
+    value = error = math.nan
+    if math.isfinite(ratio):
+        value = bend / slope * ratio
+        error = (bend_error / slope + abs(bend) * slope_error / slope**2) * ratio
     numbers = [[value, bend], [error, bend_error], [errors[1] * ratio, errors[0]]]
     found = torch.tensor(numbers, dtype=landscape.dtype, device=landscape.device)
     remark = "" if math.isfinite(ratio) else _CLIMBS if rate > 0 else _NO_RATE
@@ -114,7 +116,7 @@ def last_update(landscape: LossLandscape, purpose: str) -> tuple[Tensor, float]:
     step = landscape.update
     loss = landscape.batched_loss
     change = None if step is None else loss.change_of(step)
-    if step is None or change is None or not float(loss.vectors.norm(change)) > 0:
+    if step is None or change is None or float(loss.vectors.norm(change)) == 0:
         got = "none" if step is None else "one that changed no weight"
         raise MissingUpdateError(
             f"Expected an optimizer step before {purpose}, whose update it is about, got {got}. Make the step inside "

@@ -56,10 +56,15 @@ class Crossing:
 
     @property
     def climbs(self) -> bool:
-        """Whether the function rises from the start on: so two straight lines through its slopes say, much alike."""
+        """Whether the function rises from the start on: so two straight lines through its slopes say, much alike.
+
+        Lines farther out than 1 say nothing: there the function may have bent the other way.
+        """
         if self.low > 0 or len(self.rises) < 3:
             return False
         a, b, c = sorted(self.rises)[:3]
+        if c > 1:
+            return False
         nearer, farther = self._slope_at_start(a, b), self._slope_at_start(b, c)
         return 0 < farther < 2 * nearer < math.inf
 
@@ -124,7 +129,7 @@ def _following(crossing: Crossing, tol: float, margin: float, *, is_slow: bool) 
         farther = 2 * low if root is None else min(root * (1 + margin), _LARGEST_FACTOR * low)
         return max(farther, low * (2 if is_slow else 1 + tol)) if low < _LARGEST else None
     if low == 0:
-        nearer = high / 2 if root is None else max(root * (1 - margin), high / _LARGEST_FACTOR)
+        nearer = min(high / 2, 1.0) if root is None else max(root * (1 - margin), high / _LARGEST_FACTOR)
         return min(nearer, high * (0.5 if is_slow else 1 - tol)) if high > _SMALLEST else None
     if crossing.width <= tol:
         return None

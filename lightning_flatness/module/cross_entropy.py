@@ -8,6 +8,7 @@ make of it is made a few rows at a time.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ LEAST_CLASSES = 4096
 """Below, the logits are not what takes memory."""
 
 _BLOCK = 2**20
+_CALLERS = ("torch.utils.checkpoint", "torch._functorch")
+"""Checkpoints repeat their part in the backward pass, outside of the mode; transforms take no plain functions."""
+
 _SIGNATURE = inspect.signature(F.cross_entropy)
 
 
@@ -32,7 +36,7 @@ class CompactCrossEntropy(TorchFunctionMode):
         if func is F.cross_entropy:
             bound = _SIGNATURE.bind(*args, **(kwargs or {}))
             bound.apply_defaults()
-            if _is_taken(**bound.arguments):
+            if _is_taken(**bound.arguments) and not _is_called_by(_CALLERS):
                 return _cross_entropy(**bound.arguments)
         return func(*args, **(kwargs or {}))
 
@@ -49,15 +53,26 @@ def _is_taken(input: Tensor, target: Tensor, reduction: str, label_smoothing: fl
     return has_many and is_plain and reduction in ("mean", "sum") and input.requires_grad
 
 
+def _is_called_by(modules: tuple[str, ...]) -> bool:
+    frame = inspect.currentframe()
+    while frame is not None and not str(frame.f_globals.get("__name__")).startswith(modules):
+        frame = frame.f_back
+    return frame is not None
+
+
 def _cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, **_: Any
 ) -> Tensor:
     counts = target != ignore_index
-    classes = target.where(counts, torch.zeros_like(target))
+    classes = target.long().where(counts, 0)
     shares = counts.to(input.dtype) if weight is None else weight.to(input.dtype)[classes] * counts
     sum_of_losses: Any = _SumOfLosses.apply  # has no types
     total: Tensor = sum_of_losses(input, classes, shares.detach())
-    return total / shares.sum() if reduction == "mean" else total
+    if reduction == "sum":
+        return total
+    size = shares.sum().detach()
+    is_empty = size == 0  # then the mean is not a number, with a slope of zero
+    return (total / size.masked_fill(is_empty, 1)).masked_fill(is_empty, math.nan)
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:

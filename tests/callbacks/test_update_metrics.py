@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -151,6 +152,22 @@ def test_a_step_that_was_skipped_is_left_out_without_a_warning(tmp_path):
     found = monitor()
     fit(tmp_path, found, module=Skipping(), max_epochs=2)
     assert all(not measured.values for _, measured in found.run.history)
+
+
+@pytest.mark.parametrize(("lr", "name"), [(math.inf, "critical"), (1e30, "directional")])
+def test_of_a_run_that_diverges_it_is_not_a_number(tmp_path, monkeypatch, lr, name):
+    def bare(module: Classifier) -> Any:
+        module.net[2].bias.requires_grad_(False)
+        return torch.optim.SGD(module.parameters(), lr=lr)
+
+    monkeypatch.setattr(Classifier, "configure_optimizers", bare)
+    found = monitor()
+    found.on_error = "warn"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, found, max_epochs=1, limit_train_batches=1)
+    assert not any("failed" in str(w.message) for w in caught)
+    assert math.isnan(found.run.history[-1][1].values[name])
 
 
 @pytest.mark.parametrize("others", [[], [SharpnessAwareMinimization(rho=0.1)]], ids=["plain", "sam"])

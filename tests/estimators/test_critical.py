@@ -207,6 +207,15 @@ def test_a_function_that_climbs_is_told_by_a_few_values(rise, start):
     assert len(crossing.rises) <= 8
 
 
+@pytest.mark.parametrize("bend", [0.8, 4.0])
+@pytest.mark.parametrize("start", [20.0, 58.0, 500.0])
+def test_a_function_that_falls_only_far_nearer_than_it_did_before_is_not_told_to_climb(bend, start):
+    crossing = first_crossing(lambda s: s * (0.3 * s / (s + bend) - 0.1), 1 / 16, 31, start)
+    assert crossing.low <= bend / 2 <= crossing.high
+    assert crossing.width <= 1 / 16
+    assert len(crossing.rises) <= 12
+
+
 def test_a_jump_is_bracketed_by_bisection():
     crossing = first_crossing(lambda s: -1e-9 if s < 3 else math.nan, 1 / 16, 40)
     assert crossing.low < 3 <= crossing.high

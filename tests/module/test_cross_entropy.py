@@ -10,6 +10,7 @@ import torch
 from memory import CountedMemory
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_flatness import LossLandscape, TopEigenvalues
 from lightning_flatness.module.cross_entropy import LEAST_CLASSES, CompactCrossEntropy
@@ -97,6 +98,54 @@ def test_other_losses_are_torchs_own(options):
         few = F.cross_entropy(module.hidden(torch.ones(2, 3).double()), torch.tensor([0, 1]))
         soft = F.cross_entropy(module(words[:, 0]), torch.full((4, CLASSES), 1 / CLASSES).double())
     assert not any("SumOfLosses" in _functions(found) for found in (loss, few, soft))
+
+
+def checkpointed(module: Any, words: Tensor) -> Tensor:
+    hidden = module.hidden(module.words(words[:, 0]))
+    head = module.words.weight
+    losses = [
+        checkpoint(lambda h, y: F.cross_entropy(F.linear(h, head), y, reduction="sum"), h, y, use_reentrant=False)
+        for h, y in zip(hidden.split(2), words[:, 1].split(2), strict=True)
+    ]
+    return torch.stack(losses).sum() / len(words)
+
+
+def penalised(module: nn.Module, words: Tensor) -> Tensor:
+    logits = module(words[:, 0])
+    slope = torch.func.grad(lambda f: F.cross_entropy(f, words[:, 1]))(logits)
+    return F.cross_entropy(logits, words[:, 1]) + 10 * slope.square().sum()
+
+
+def of_single_words(module: nn.Module, words: Tensor) -> Tensor:
+    def slope(logits: Tensor, target: Tensor) -> Tensor:
+        return torch.func.grad(lambda f: F.cross_entropy(f[None], target[None]))(logits)
+
+    return torch.func.vmap(slope)(module(words[:, 0]), words[:, 1]).square().sum()
+
+
+def without_labels(module: nn.Module, words: Tensor) -> Tensor:
+    logits = module(words[:, 0])
+    loss = F.cross_entropy(logits, torch.full((len(words),), -100))
+    assert loss.isnan()
+    return torch.where(loss.isnan(), 0, loss) + 1e-3 * logits.square().mean()
+
+
+def of_bytes(module: nn.Module, words: Tensor) -> Tensor:
+    return F.cross_entropy(module(words[:, 0]), (words[:, 1] % 256).byte())
+
+
+@pytest.mark.parametrize("loss_fn", [checkpointed, penalised, of_single_words, without_labels, of_bytes])
+def test_derivatives_of_a_users_loss_are_those_without_the_compact_one(loss_fn):
+    module, words = problem(6)
+    found = []
+    for mode in (CompactCrossEntropy(), nullcontext()):
+        with mode:
+            loss = loss_fn(module, words)
+        gradient = torch.autograd.grad(loss, list(module.parameters()), create_graph=True)
+        v = [torch.linspace(-1, 1, g.numel(), dtype=g.dtype).view_as(g) for g in gradient]
+        found.append([loss, *gradient, *torch.autograd.grad(gradient, list(module.parameters()), v)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-14)
+    assert found[0][-1].norm() > 0
 
 
 def next_word(module: nn.Module, words: Tensor) -> Tensor:
