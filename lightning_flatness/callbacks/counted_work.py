@@ -21,6 +21,7 @@ from lightning_flatness.callbacks.budget import (
 )
 from lightning_flatness.callbacks.failures import Attempt
 from lightning_flatness.callbacks.probe import SeenBatches
+from lightning_flatness.landscape import LossLandscape, ShardedLandscape
 from lightning_flatness.landscape.cost import Cost
 from lightning_flatness.landscape.options import EngineName
 from lightning_flatness.metrics import FlatnessMetric
@@ -32,6 +33,7 @@ class MonitoredRun:
 
     Attributes:
         engine: The engine of Hessian-vector products.
+        kind_of_landscape: The class that measures.
         probe: The samples, once they are drawn.
         seen: Collects samples where they cannot be drawn.
         last_step: The ``global_step`` of the latest measurement.
@@ -51,6 +53,7 @@ class MonitoredRun:
     """
 
     engine: EngineName
+    kind_of_landscape: type[LossLandscape] = LossLandscape
     probe: list[Any] | None = None
     seen: SeenBatches | None = None
     last_step: int | None = None
@@ -89,7 +92,7 @@ class CountedWork(Callback):
     @property
     def has_whole_vectors(self) -> bool:
         """Whether directions of metrics are whole on each rank."""
-        return True
+        return not issubclass(self.run.kind_of_landscape, ShardedLandscape)
 
     @abstractmethod
     def survived(self, what: str, trainer: Trainer, *, alone: bool = False) -> AbstractContextManager[Attempt]:

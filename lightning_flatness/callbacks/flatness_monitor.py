@@ -230,7 +230,7 @@ class FlatnessMonitor(LandscapeMonitor):
 
     def prepare(self, trainer: Trainer) -> None:
         """Decide what to gather, and tell TensorBoard which curves belong together."""
-        self.kind_of_landscape = kind_of_landscape(self.metrics, self.sharded)
+        self.run.kind_of_landscape = kind_of_landscape(self.metrics, self.sharded)
         charts = [metric.charts(name, trainer.optimizers) for name, metric in self.metrics.items()]
         keys = {title: [self.log_key_prefix + key for key in chart[title]] for chart in charts for title in chart}
         log_layout(trainer, custom_scalars_layout(keys, self.log_key_prefix.rstrip("/") or "flatness"))

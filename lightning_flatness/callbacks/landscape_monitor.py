@@ -23,7 +23,7 @@ from lightning_flatness.callbacks.probe import SeenBatches, can_index, draw_prob
 from lightning_flatness.callbacks.progress import Progress
 from lightning_flatness.callbacks.strategies import check_strategy
 from lightning_flatness.callbacks.transfer import overrides, transferred
-from lightning_flatness.landscape import LossLandscape, ShardedLandscape
+from lightning_flatness.landscape import LossLandscape
 from lightning_flatness.landscape.options import EngineName, check_options
 from lightning_flatness.module.loss import LossFunction
 from lightning_flatness.module.modes import Mode, uses_batch_statistics
@@ -44,7 +44,6 @@ class LandscapeMonitor(CountedWork):
     """
 
     parameters: str | Sequence[str] | None = None
-    kind_of_landscape: type[LossLandscape] = LossLandscape
 
     def __init__(
         self,
@@ -87,11 +86,6 @@ class LandscapeMonitor(CountedWork):
         self.budget = budget
         self._has_said_when = False
         self.run = self.new_run()
-
-    @property
-    def has_whole_vectors(self) -> bool:
-        """Whether directions of metrics are whole on each rank."""
-        return not issubclass(self.kind_of_landscape, ShardedLandscape)
 
     def new_run(self) -> MonitoredRun:
         """Return what is known when a run starts."""
@@ -224,7 +218,7 @@ class LandscapeMonitor(CountedWork):
     ) -> LossLandscape:
         """Return the loss on the probe, ready to be measured; it reports a long measurement's progress."""
         assert self.run.probe is not None
-        landscape = self.kind_of_landscape(
+        landscape = self.run.kind_of_landscape(
             pl_module,
             self.run.probe,
             self.loss_fn,

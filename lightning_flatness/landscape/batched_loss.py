@@ -131,9 +131,8 @@ class BatchedLoss:
         self.measured.check(loss)
         return loss
 
-    def objective(self, index: int) -> Tensor:
-        """Return what is differentiated of a batch: its loss."""
-        return self.batch_loss(index)
+    objective = batch_loss
+    """What is differentiated of a batch: its loss."""
 
     def recorded(self, *, is_counted: bool) -> AbstractContextManager[dict[int, int]]:
         """Return a block for a graph that is differentiated later; it yields the storages kept, if they are counted."""

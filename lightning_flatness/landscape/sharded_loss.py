@@ -65,9 +65,9 @@ class ShardedLoss(BatchedLoss):
         pairs = zip(self.measured.stand_ins, self.measured.shards, strict=True)
         return torch.cat([shard.own(step.change([stand_in])).clone() for stand_in, shard in pairs])
 
-    def objective(self, index: int) -> Tensor:
+    def objective(self, index: int, *, allow_non_finite: bool = False) -> Tensor:
         """Return what a batch contributes to the mean over all samples."""
-        return self.batch_loss(index) * self._share(index)
+        return self.batch_loss(index, allow_non_finite=allow_non_finite) * self._share(index)
 
     def _share(self, index: int) -> float:
         return self.samples.sizes[index] / self.samples.num_samples

@@ -52,7 +52,8 @@ class EigenvalueMetric(LayeredMetric):
 
     def estimate(self, landscape: LossLandscape) -> Estimate:
         """Find the eigenvalues."""
-        start = None if self.start is None else self.start.to(landscape.device)
+        previous = self.start
+        start = None if previous is None else self.start_of_whole(previous).to(landscape.device)
         result = self.estimator(landscape, start=start, **self.settings)
         vectors = landscape.vectors_in(landscape.chart(self.geometry))
         self.start = mixed(result.subspace, self.k, vectors)  # all that a start takes from them, in the memory of one
@@ -60,7 +61,15 @@ class EigenvalueMetric(LayeredMetric):
         found = Estimate(
             result.eigenvalues, result.residuals, result.converged, result.num_products, standard_error=errors
         )
-        return self.summarized(found)
+        return self.with_layers(landscape, self.summarized(found), previous)
+
+    def start_of_whole(self, start: Tensor) -> Tensor:
+        """Return the part of a start that is for the whole network."""
+        return start
+
+    def with_layers(self, landscape: LossLandscape, whole: Estimate, start: Tensor | None) -> Estimate:  # noqa: ARG002
+        """Return the value with those of the layers, if they are asked for; ``start`` is that of both."""
+        return whole
 
     def _standard_errors(self, landscape: LossLandscape, values: Tensor, vectors: Iterable[Tensor]) -> Tensor:
         if self.operator != "hessian":
@@ -134,16 +143,17 @@ class TopEigenvalues(EigenvalueMetric):
     ) -> None:
         super().__init__(shape=(k,), **arguments(locals()))
 
-    def estimate(self, landscape: LossLandscape) -> Estimate:
-        """Find the eigenvalues, then those of the layers."""
+    def start_of_whole(self, start: Tensor) -> Tensor:
+        """Return the part of a start that is for the whole network."""
+        return start[0] if start.dim() > 1 else start  # that of the layers is missing where they failed
+
+    def with_layers(self, landscape: LossLandscape, whole: Estimate, start: Tensor | None) -> Estimate:
+        """Return the eigenvalues with those of the layers."""
         if not self.per_layer:
-            return super().estimate(landscape)
-        previous = self.start
-        self.start = None if previous is None else previous[0]
-        whole = super().estimate(landscape)
+            return whole
         names = ("operator", "which", "tol", "max_products", "max_basis", "seed")
         settings = {name: getattr(self, name) for name in names}
-        start = None if previous is None else previous[1].to(landscape.device)
+        start = None if start is None or start.dim() < 2 else start[1].to(landscape.device)
         found = layer_eigenvalues(landscape, self.geometry, start=start, **settings)
         assert self.start is not None
         assert whole.standard_error is not None

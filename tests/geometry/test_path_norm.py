@@ -578,7 +578,7 @@ def test_in_the_monitor_and_with_sam():
 
 @pytest.mark.parametrize("geometry", ["path_norm", "attention"])
 def test_sam_refuses_shards_of_weights_that_a_scale_needs_together(geometry, monkeypatch):
-    monkeypatch.setattr("lightning_flatness.callbacks.sharpness_aware_minimization.has_sharded_weights", lambda _: True)
+    monkeypatch.setattr("lightning_flatness.callbacks.sam_refusals.has_sharded_weights", lambda _: True)
     with pytest.raises(MisconfigurationException, match=f"needs whole weights for the geometry '{geometry}'.*HINT"):
         fit(Lit(), SharpnessAwareMinimization(0.1, geometry))
 
