@@ -62,10 +62,10 @@ def _may_have_momentum(group: dict[str, object]) -> bool:
 
 
 def _buffers(optimizer: Optimizer, names: tuple[str, ...] = _MOMENTUM) -> list[tuple[Tensor, Tensor]]:
-    """Return the trainable parameters that have a buffer of these names in the optimizer's state, and the buffers."""
+    """Return the parameters that have a buffer of these names in the optimizer's state, and the buffers."""
     states = [(p, optimizer.state[p]) for p in optimized_parameters(optimizer) if p in optimizer.state]
     found = [(p, next((s[n] for n in names if isinstance(s.get(n), Tensor)), None)) for p, s in states]
-    return [(p, buffer) for p, buffer in found if buffer is not None and p.requires_grad]
+    return [(p, buffer) for p, buffer in found if buffer is not None]
 
 
 def known_direction(optimizer: Optimizer, ascent: str) -> tuple[list[Tensor], list[Tensor], float]:
@@ -89,6 +89,7 @@ def known_direction(optimizer: Optimizer, ascent: str) -> tuple[list[Tensor], li
             f"Expected an optimizer whose state has a {' or '.join(map(repr, names))} for ascent='momentum', got "
             f"{type(optimizer).__name__} without. Use ascent='previous', which works with any optimizer."
         )
+    pairs = [(p, buffer) for p, buffer in pairs if p.requires_grad]  # frozen ones stay where they are
     directions = [_dense(b).to(torch.promote_types(b.dtype, torch.float32)) for _, b in pairs]
     return [p for p, _ in pairs], directions, -1.0 if ascent == "momentum" else 1.0
 
@@ -97,7 +98,8 @@ class PreviousGradient:
     """Keeps the gradient of an optimizer's latest step in its state, and with it in checkpoints.
 
     It is taken before the step, because a step may change it (Nesterov's momentum, clipping), and kept after it: a step
-    that a loss scaler skips keeps nothing, and before its first step an optimizer wants its state to be empty.
+    that a loss scaler skips keeps nothing, and before its first step an optimizer wants its state to be empty, also
+    that of a single parameter whose gradient was taken away in between.
 
     Args:
         optimizer: The optimizer.
@@ -116,7 +118,8 @@ class PreviousGradient:
         """Keep what was taken: the step has been made."""
         for parameter, gradient in self._taken:
             if gradient is not None:
-                self._optimizer.state[parameter][PREVIOUS_GRADIENT] = gradient
+                if parameter.grad is not None or self._optimizer.state.get(parameter):
+                    self._optimizer.state[parameter][PREVIOUS_GRADIENT] = gradient
             elif parameter in self._optimizer.state:
                 self._optimizer.state[parameter].pop(PREVIOUS_GRADIENT, None)
         self._taken = []

@@ -113,8 +113,8 @@ class Watching(Callback):
 
 
 class Seeing(Net):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, optimizer=SGD):
+        super().__init__(optimizer)
         self.inside = []
 
     def training_step(self, batch, batch_idx):
@@ -248,3 +248,18 @@ def test_sparse_gradients_frozen_and_unused_weights(ascent):
         assert torch.equal(before[name], after[name])
     rows = (before["embedding.weight"] != after["embedding.weight"]).any(1).tolist()
     assert rows == [False, True, False, False]
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
+def test_layers_that_are_trained_in_turns(ascent, optimizer):
+    """Where all that has a direction is frozen, a step is ordinary."""
+
+    class InTurns(Seeing):
+        def on_train_epoch_start(self):
+            for layer in self.net:
+                layer.requires_grad_((layer is self.net[0]) == (self.current_epoch == 1))
+
+    module, watching = InTurns(optimizer), Watching()
+    fit(module, watching, SharpnessAwareMinimization(0.05, ascent=ascent), max_epochs=2)
+    moved = [not torch.equal(seen["start"], w) for seen, w in zip(watching.seen, module.inside, strict=True)]
+    assert moved == [False] * 6 + [True] * 4  # the first layer has been frozen in steps 0 to 4

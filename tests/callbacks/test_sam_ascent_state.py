@@ -115,6 +115,23 @@ def test_the_gradient_is_the_one_that_backward_left():
     assert_same_bits(previous_gradients(trainer), module.gradients)
 
 
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
+def test_a_gradient_that_a_later_hook_takes_away(optimizer):
+    """As DINO does with its last layer at first; Adam takes a state that is not empty to be its own."""
+
+    class Cancelling(Net):
+        def configure_gradient_clipping(self, optimizer, **kwargs):
+            if self.global_step < 2:
+                self.net[0].weight.grad = None
+
+    kept, module = Kept(), Cancelling(optimizer)
+    before = module.net[0].weight.detach().clone()
+    fit(module, SharpnessAwareMinimization(0.05, ascent="previous"), kept, max_epochs=1)
+    num = len(list(module.net.parameters()))
+    assert [sum(g is not None for g in step) for step in kept.gradients] == [num - 1, num - 1, num, num, num]
+    assert not torch.equal(before, module.net[0].weight)
+
+
 # --------------------------------------------------------------------------------------------------------- resuming
 
 
