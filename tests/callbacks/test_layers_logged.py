@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.modules import Classifier, Plain, loader
+from helpers.modules import Adapted, Plain, loader
 from helpers.registry import make_landscape
 from helpers.training import fit, fit_with_tensorboard
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_flatness import FlatnessMonitor, HessianTrace, OutputLoss, TopEigenvalues, compare_runs
@@ -59,22 +59,9 @@ def test_a_diverged_run_has_not_a_number_for_every_layer_and_one_that_has_not_co
     assert all(value != value for value in diverged.values.values())
 
 
-class LoRA(Classifier):
-    """A classifier of which only a low-rank change of a frozen layer is trained."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net.requires_grad_(False)
-        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 8, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net[2](self.net[1](self.net[0](x) + self.up(self.down(x))))
-        return out
-
-
 def test_sharpness_in_the_space_of_the_adapters_and_in_the_full_one_in_one_run(tmp_path):
     torch.manual_seed(0)
-    module = LoRA().double()
+    module = Adapted().double()
     data = Plain()
     data.x = data.x.double()
     adapters = FlatnessMonitor(metrics={"lambda_max": TopEigenvalues(tol=1e-6, per_layer=True)})

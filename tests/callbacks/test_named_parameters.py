@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.modules import Classifier, loader
+from helpers.modules import Adapted, loader
 from helpers.training import fit
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_flatness import FlatnessMonitor, measure
-
-
-class Adapted(Classifier):
-    """A classifier of which only a low-rank change of a frozen layer is trained."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net.requires_grad_(False)
-        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 8, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net[2](self.net[1](self.net[0](x) + self.up(self.down(x))))
-        return out
 
 
 @pytest.mark.parametrize(("patterns", "number"), [(None, 28), ("up.*", 16), ("*", 111), (["net.*", "down.weight"], 95)])

@@ -8,12 +8,22 @@ import numpy as np
 import pytest
 import torch
 from helpers.ascent_reference import ASCENTS, plain_ascent_loop
-from helpers.sam_reference import ADAMW, SGD, Net, assert_same_bits, fit, make_loader, make_network, make_trainer
+from helpers.sam_reference import (
+    ADAMW,
+    SGD,
+    Net,
+    assert_same_bits,
+    fit,
+    make_loader,
+    make_network,
+    make_trainer,
+    watched_in_both_orders,
+)
 from helpers.training import Recorder, everything, state_of
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from torch import nn
 
-from lightning_flatness import FlatnessMonitor, SharpnessAwareMinimization
+from lightning_flatness import SharpnessAwareMinimization
 from lightning_flatness.sam.ascent import PREVIOUS_GRADIENT
 
 pytestmark = pytest.mark.parametrize("ascent", ASCENTS)
@@ -204,25 +214,9 @@ def test_weights_that_the_step_writes_to_are_put_back_with_a_warning(ascent):
 
 
 def test_monitor_in_either_order_gives_the_same_numbers_and_changes_nothing(ascent):
-    ends = []
-    for order in (1, -1):
-        torch.manual_seed(0)
-        module, logger = Net(schedule=True), Recorder()
-        monitor = FlatnessMonitor(every_n_steps=2, probe_size=24)
-        callbacks = [SharpnessAwareMinimization(0.05, ascent=ascent), monitor][::order]
-        trainer = fit(module, *callbacks, logger=logger, log_every_n_steps=1, accumulate_grad_batches=2)
-        times = ("flatness_cost/seconds", "flatness_cost/share_of_epoch_time")
-        records = [(s, {k: v for k, v in m.items() if k not in times}) for s, m in logger.records]
-        end = everything(module, trainer) | {"records": [r for r in records if r[1]]}
-        for key in times:
-            end["metrics"].pop(key)
-        ends.append(end)
-        assert monitor.run.work.trained == 3 * 40
-    assert any("flatness/lambda_max" in m for _, m in ends[0]["records"])
-    assert_same_bits(*ends)
-    alone = Net(schedule=True)
-    fit(alone, SharpnessAwareMinimization(0.05, ascent=ascent), accumulate_grad_batches=2)
-    assert_same_bits(state_of(alone), ends[0]["weights"])
+    runs = watched_in_both_orders(lambda: SharpnessAwareMinimization(0.05, ascent=ascent))
+    assert_same_bits(*(end for _, _, end in runs))
+    assert [monitor.run.work.trained for _, monitor, _ in runs] == [3 * 40] * 2
 
 
 def test_sparse_gradients_frozen_and_unused_weights(ascent):

@@ -7,7 +7,17 @@ from contextlib import nullcontext
 import pytest
 import torch
 from helpers.ascent_reference import ASCENTS
-from helpers.sam_reference import ADAMW, SGD, Net, assert_same_bits, fit, make_loader, make_trainer
+from helpers.sam_reference import (
+    ADAMW,
+    SGD,
+    Net,
+    Resumable,
+    Stateful,
+    assert_same_bits,
+    fit,
+    make_loader,
+    make_trainer,
+)
 from helpers.training import Recorder, state_of
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -135,36 +145,13 @@ def test_a_gradient_that_a_later_hook_takes_away(optimizer):
 # --------------------------------------------------------------------------------------------------------- resuming
 
 
-class Resumable(Net):  # the masks must not depend on when the run was started
-    def on_train_start(self):
-        pass
-
-    def on_train_batch_start(self, batch, batch_idx):
-        torch.manual_seed(self.trainer.global_step)
-
-    def validation_step(self, batch, batch_idx):
-        return None
-
-
-class Stateful:
-    """A loader that goes on where it was."""
-
-    def __init__(self, batches):
-        self.batches, self.start = batches, 0
+class EndsEarly(Stateful):
+    """Is at its start again when the last batch is taken, so that a checkpoint after that batch begins an epoch."""
 
     def __iter__(self):
         for index in range(self.start, len(self.batches)):
             self.start = (index + 1) % len(self.batches)
             yield self.batches[index]
-
-    def __len__(self):
-        return len(self.batches)
-
-    def state_dict(self):
-        return {"start": self.start}
-
-    def load_state_dict(self, state):
-        self.start = state["start"]
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
@@ -177,7 +164,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, ascent
         trainer = make_trainer(
             sam, *callbacks, enable_checkpointing=bool(callbacks), logger=logger, log_every_n_steps=1, max_epochs=2
         )
-        trainer.fit(module, Stateful(list(make_loader())), make_loader(), ckpt_path=ckpt_path)
+        trainer.fit(module, EndsEarly(list(make_loader())), make_loader(), ckpt_path=ckpt_path)
         norms = [m["sam/perturbation_norm"] for _, m in logger.records if "sam/perturbation_norm" in m]
         return state_of(module), trainer.optimizers[0].state_dict(), norms[-1]
 

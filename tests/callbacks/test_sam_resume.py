@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from helpers.sam_reference import Net, make_loader, make_trainer
+from helpers.sam_reference import Resumable, Stateful, make_loader, make_trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_flatness import SharpnessAwareMinimization
-
-
-class Resumable(Net):  # the masks must not depend on when the run was started
-    def on_train_start(self):
-        pass
-
-    def on_train_batch_start(self, batch, batch_idx):
-        torch.manual_seed(self.trainer.global_step)
-
-    def validation_step(self, batch, batch_idx):
-        return None
 
 
 class Curve(Callback):
@@ -30,28 +18,6 @@ class Curve(Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         if "sam/loss_rise" in trainer.callback_metrics:
             self.rises[trainer.current_epoch] = float(trainer.callback_metrics["sam/loss_rise"])
-
-
-class Stateful:
-    """A loader that goes on where it was."""
-
-    def __init__(self, batches):
-        self.batches, self.start = batches, 0
-
-    def __iter__(self):
-        for batch in self.batches[self.start :]:
-            self.start += 1
-            yield batch
-        self.start = 0
-
-    def __len__(self):
-        return len(self.batches)
-
-    def state_dict(self):
-        return {"start": self.start}
-
-    def load_state_dict(self, state):
-        self.start = state["start"]
 
 
 def run(*callbacks, ckpt_path=None, **options):

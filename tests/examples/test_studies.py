@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import random
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.study_processes import finish, kill_in_the_middle, study_processes
 from scipy import stats
 
 ROOT = Path(__file__).parents[2]
@@ -360,39 +357,8 @@ def test_run_is_measured_at_its_points_on_all_training_samples(tmp_path, monkeyp
 
 @pytest.fixture
 def start():
-    """Start the small study in a process of its own; what is left of it in the end is killed."""
-    processes = []
-
-    def start(out, workers):
-        script = str(Path(__file__).parents[1] / "helpers" / "small_study.py")
-        command = [sys.executable, script, "--quick", "--out", str(out), "--workers", str(workers)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output
-    return output
-
-
-def kill_in_the_middle(process, runs, at_least):
-    deadline = time.monotonic() + 900
-    while len(list(runs.glob("*.json"))) < at_least:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)  # ends when the last worker has closed its output, too
+    with study_processes("small_study.py") as start:
+        yield lambda out, workers: start("--out", out, "--workers", workers)
 
 
 @pytest.mark.slow

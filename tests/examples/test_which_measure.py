@@ -5,18 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import random
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.study_processes import finish, kill_in_the_middle, study_processes
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "examples" / "studies"
@@ -377,29 +374,8 @@ def test_committed_table_follows_from_the_committed_numbers():
 
 @pytest.fixture
 def start():
-    """Start the small study in a process of its own; what is left of it in the end is killed."""
-    processes = []
-
-    def start(out):
-        script = str(Path(__file__).parents[1] / "helpers" / "small_which_measure.py")
-        command = [sys.executable, script, "--quick", "--seeds", "1", "--out", str(out), "--workers", "1"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output
-    return output
+    with study_processes("small_which_measure.py") as start:
+        yield lambda out: start("--seeds", 1, "--out", out, "--workers", 1)
 
 
 @pytest.mark.slow
@@ -407,13 +383,7 @@ def test_killed_study_gives_the_same_numbers(tmp_path, start):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(whole))
 
-    process, deadline = start(killed), time.monotonic() + 900
-    while len(list(killed.glob("runs/*.json"))) < 3:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    kill_in_the_middle(start(killed), killed / "runs", at_least=3)
     done = {path.name: path.stat().st_mtime_ns for path in killed.glob("runs/*.json")}
     assert 3 <= len(done) < 12
     assert f"{len(done)} of 12 runs are done already" in finish(start(killed))

@@ -140,6 +140,19 @@ class Classifier(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+class Adapted(Classifier):
+    """A classifier of which only a low-rank change of a frozen layer is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.requires_grad_(False)
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net[2](self.net[1](self.net[0](x) + self.up(self.down(x))))
+        return out
+
+
 def loader(
     dataset: Dataset[Any] | None = None, batch_size: int = 8, shuffle: bool = True, **options: Any
 ) -> DataLoader[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from helpers import training
 from helpers.modules import trainer
+from helpers.training import Recorder, everything, state_of
+from lightning_flatness import FlatnessMonitor
 
 SGD = "sgd"
 ADAMW = "adamw"
@@ -93,6 +95,66 @@ def fit(module: LightningModule, *callbacks: Callback, loader: Any = None, **opt
     """Train with the data that `Net` is made for."""
     data = (make_loader() if loader is None else loader,)
     return training.fit(None, *callbacks, module=module, data=data, **({"logger": False} | options))
+
+
+class Resumable(Net):
+    """Its masks do not depend on when the run was started."""
+
+    def on_train_start(self) -> None:
+        pass
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(self.trainer.global_step)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        return None
+
+
+class Stateful:
+    """A loader that goes on where it was."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches, self.start = batches, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches[self.start :]:
+            self.start += 1
+            yield batch
+        self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"start": self.start}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["start"]
+
+
+def watched_in_both_orders(make_sam: Callable[[], Callback]) -> list[tuple[Trainer, FlatnessMonitor, dict[str, Any]]]:
+    """Train with SAM and a monitor, in either order of the callbacks; return how each run ended, but for times.
+
+    The weights are those of SAM alone, bit for bit.
+    """
+    alone = Net(schedule=True)
+    fit(alone, make_sam(), accumulate_grad_batches=2)
+    runs = []
+    for order in (1, -1):
+        torch.manual_seed(0)
+        module, logger = Net(schedule=True), Recorder()
+        monitor = FlatnessMonitor(every_n_steps=2, probe_size=24)
+        callbacks = [make_sam(), monitor][::order]
+        trainer = fit(module, *callbacks, logger=logger, log_every_n_steps=1, accumulate_grad_batches=2)
+        times = ("flatness_cost/seconds", "flatness_cost/share_of_epoch_time")
+        records = [(s, {k: v for k, v in m.items() if k not in times}) for s, m in logger.records]
+        end = everything(module, trainer) | {"records": [r for r in records if r[1]]}
+        for key in times:
+            end["metrics"].pop(key)
+        assert any("flatness/lambda_max" in m for _, m in end["records"])
+        assert_same_bits(state_of(alone), end["weights"])
+        runs.append((trainer, monitor, end))
+    return runs
 
 
 def plain_gradient(loss: Callable[[], Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
