@@ -6,7 +6,7 @@ products, norms, and random vectors, which are the same whole vector for any num
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -68,21 +68,10 @@ class Vectors:
 
     def gaussian(self, generator: torch.Generator) -> Tensor:
         """Return a vector of independent standard normal numbers, the same on every device."""
-        return self._random(lambda n: torch.randn(n, generator=generator, dtype=self.dtype, device="cpu"))
+        return self._normal(self.size, generator).to(self.device)
 
-    def rademacher(self, generator: torch.Generator) -> Tensor:
-        """Return a vector of independent random signs, the same on every device."""
-        signs = self._random(lambda n: torch.randint(0, 2, (n,), generator=generator, dtype=torch.int8, device="cpu"))
-        return signs.mul_(2).sub_(1)
-
-    def unit(self, index: int) -> Tensor:
-        """Return the vector that is one at ``index`` and zero elsewhere."""
-        vector = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        vector[index] = 1
-        return vector
-
-    def _random(self, draw: Callable[[int], Tensor]) -> Tensor:
-        return draw(self.size).to(self.device, self.dtype)
+    def _normal(self, size: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=self.dtype, device="cpu")
 
 
 class ShardedVectors(Vectors):
@@ -126,24 +115,15 @@ class ShardedVectors(Vectors):
         """Return the norms of vectors, or of the same pieces of one, shape (pieces,)."""
         return self.total(super().norms(pieces).double().square_()).sqrt_().to(self.dtype)
 
-    def unit(self, index: int) -> Tensor:
-        """Return the vector that is one at ``index`` and zero elsewhere."""
-        vector, first = torch.zeros(self.local_size, dtype=self.dtype, device=self.device), 0
-        for start, stop in self.slices:
-            if start <= index < stop:
-                vector[first + index - start] = 1
-            first += stop - start
-        return vector
-
-    def _random(self, draw: Callable[[int], Tensor]) -> Tensor:
-        """Draw the whole vector, a strip at a time, and keep this rank's entries."""
+    def gaussian(self, generator: torch.Generator) -> Tensor:
+        """Return this rank's entries of the whole vector, which is drawn a strip at a time."""
         vector, first, rest = torch.empty(self.local_size, dtype=self.dtype, device=self.device), 0, list(self.slices)
         for low, high in _strips(self.size):
-            strip = draw(high - low)
+            strip = self._normal(high - low, generator)
             while rest and rest[0][0] < high:
                 start, stop = rest.pop(0)
                 end = min(stop, high)
-                vector[first : first + end - start] = strip[start - low : end - low].to(self.device, self.dtype)
+                vector[first : first + end - start] = strip[start - low : end - low].to(self.device)
                 first += end - start
                 if end < stop:
                     rest.insert(0, (end, stop))

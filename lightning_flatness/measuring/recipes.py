@@ -51,10 +51,6 @@ class Recipe:
         return _renamed(self.config, f"{place}."), {**checkpoint, **_renamed(saved, f"{place}.")}
 
 
-def _has_place(given: Any) -> bool:
-    return isinstance(given, str) or inspect.isclass(given) or inspect.isfunction(given)
-
-
 def _renamed(content: Any, place: str) -> Any:
     if isinstance(content, Mapping):
         return {

@@ -122,6 +122,16 @@ def updates(out: Path) -> dict[str, Any]:
         return along_update(ShardedLandscape, slice(rank, None, size), shard)
 
 
+def whole(vectors: Any, part: Tensor) -> list[float]:
+    """Return all entries of a vector, given those of this rank."""
+    found = torch.zeros(vectors.size, dtype=part.dtype)
+    pieces = part.split([stop - start for start, stop in vectors.slices])
+    for (start, stop), piece in zip(vectors.slices, pieces, strict=True):
+        found[start:stop] = piece.detach()
+    entries: list[float] = vectors.total(found).tolist()
+    return entries
+
+
 def products(out: Path) -> dict[str, Any]:
     """Gradients and products of all engines, put together from the ranks' entries."""
     found: dict[str, Any] = {}
@@ -133,10 +143,7 @@ def products(out: Path) -> dict[str, Any]:
             with landscape.measurement(on_shards=True):
                 vectors = landscape.vectors_in(landscape.chart("euclidean"))
                 v = vectors.gaussian(torch.Generator().manual_seed(1))
-                units = [vectors.unit(i) for i in range(vectors.size)]
-                found[engine] = [
-                    [float(vectors.dot(u, x)) for u in units] for x in (landscape.gradient(), landscape.hvp(v))
-                ]
+                found[engine] = [whole(vectors, part) for part in (landscape.gradient(), landscape.hvp(v))]
                 assert landscape.engine == engine
         module = TensorParallel().parallelized(init_device_mesh("cpu", (size,)))
         metric = TopEigenvalues(k=2, geometry="layer", tol=1e-9)
