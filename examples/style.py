@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 COLOURS = {
@@ -28,6 +30,21 @@ COLOURS = {
     "reference": "0.45",
 }
 """By training method, size of batches, tool; ``"reference"`` is for what something is compared with."""
+
+
+def set_fonts() -> None:
+    """Set the sizes of all texts of the studies' figures."""
+    matplotlib.rc("font", size=9)
+    matplotlib.rc("axes", titlesize=10, labelsize=9)
+    matplotlib.rc(("xtick", "ytick"), labelsize=8)
+    matplotlib.rc("legend", fontsize=8)
+    matplotlib.rc("figure", titlesize=9)
+
+
+def in_order(num: int) -> list[str]:
+    """Return colours for things with an order, as sizes of batches: dark ones first."""
+    shades = matplotlib.colormaps["viridis"]
+    return [to_hex(shades(0.85 * i / max(num - 1, 1))) for i in range(num)]
 
 
 def new_figure(width: float, height: float) -> Figure:

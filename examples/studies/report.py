@@ -14,10 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from study import Row
-from verdicts import Claim, Effect, Verdict, judge
+from verdicts import Claim, Effect, Verdict, judge, seeds_to_decide
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # shared helpers
-from style import new_figure
+from style import draw_band, new_figure, set_fonts
+
+set_fonts()
 
 VERDICT_HEADER = ("claim", "where", "effect", "95 % interval", "pairs", "verdict")
 
@@ -45,6 +47,25 @@ def verdict_line(claim: Claim, where: str, effect: Effect) -> list[str]:
     text = claim.text if claim.direction != "within" else f"{claim.text} (within ±{claim.margin:g}{effect.unit})"
     verdict = judge(effect, claim.direction, claim.margin)
     return [text, where, number(effect.estimate, effect), interval(effect), str(effect.num), f"**{verdict}**"]
+
+
+def outlook(claims: Iterable[tuple[Claim, str, Effect]]) -> str:
+    """Return a sentence on each claim that is undecided: how many more seeds would decide it."""
+    sentences = []
+    for claim, where, effect in claims:
+        if judge(effect, claim.direction, claim.margin) != "undecided":
+            continue
+        num = seeds_to_decide(effect, claim.direction, claim.margin)
+        if effect.num < 2:
+            needed = "fewer than two pairs, so that this is not known"
+        elif num is None:
+            needed = "no number up to 1,000 seeds would decide"
+        else:
+            needed = f"{num - effect.num} more seed{'s' * (num - effect.num > 1)} would decide"
+        sentences.append(f"- {claim.text}, {where}: {needed}.")
+    if not sentences:
+        return ""
+    return "If mean and scatter over seeds stay as they are:\n\n" + "\n".join(sentences) + "\n"
 
 
 def tally(lines: Iterable[Sequence[str]]) -> str:
@@ -116,6 +137,37 @@ def dots(
         ax.plot([position] * len(group), group, "o", color=color, ms=4, alpha=0.45, mew=0)
         means.append(mean(group, log))
     ax.plot(x, means, ls=line, color=color, marker="_", ms=11, mew=2, lw=1.5, label=label)
+
+
+def spread(
+    ax: Axes,
+    x: Sequence[float],
+    groups: Sequence[Sequence[float]],
+    errors: Sequence[float],
+    *,
+    color: str,
+    label: str,
+    line: str = "-",
+    log: bool = False,
+) -> None:
+    """Draw a line through the means of seeds, a band of one standard deviation over seeds, and bars of the errors."""
+    means = [mean(group, log) for group in groups]
+    if log:
+        widths = [math.exp(deviation([math.log(v) for v in group])) for group in groups]
+        low, high = ([m * w**sign for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
+    else:
+        widths = [deviation(group) for group in groups]
+        low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
+    draw_band(ax, x, low, high, color)
+    ax.errorbar(x, means, yerr=errors, color=color, ls=line, marker="o", ms=3.5, lw=1.5, capsize=2.5, label=label)
+
+
+def deviation(group: Sequence[float]) -> float:
+    """Return the standard deviation over seeds, 0 of fewer than two."""
+    if len(group) < 2:
+        return 0.0
+    middle = math.fsum(group) / len(group)
+    return math.sqrt(math.fsum((v - middle) ** 2 for v in group) / (len(group) - 1))
 
 
 def log_axis(axis: Any) -> None:

@@ -13,10 +13,11 @@ import logging
 import multiprocessing
 import os
 import subprocess
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
@@ -25,7 +26,10 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from training import Recipe, train_and_measure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # shared helpers
+from fashion_mnist import FOLDER, is_there
+from training import train_and_measure
 
 Row = dict[str, Any]
 """What was measured at one point of one run, by column."""
@@ -40,12 +44,12 @@ class Run:
     Attributes:
         setting: What the runs of several seeds have in common, by name.
         seed: Of the initial weights and of the order of the samples.
-        recipe: How the network is trained, and where it is measured.
+        recipe: How the network is trained, and where it is measured: a frozen dataclass.
     """
 
     setting: str
     seed: int
-    recipe: Recipe
+    recipe: Any
 
     @property
     def description(self) -> dict[str, Any]:
@@ -60,7 +64,7 @@ class Run:
         return f"{self.setting.replace(' ', '_').replace('/', '-')}-seed{self.seed}"
 
 
-def runs_of(settings: dict[str, Recipe], num_seeds: int) -> list[Run]:
+def runs_of(settings: Mapping[str, Any], num_seeds: int) -> list[Run]:
     """Return the runs seed by seed, so that a study that is half done has some seeds of everything."""
     return [Run(name, seed, recipe) for seed in range(num_seeds) for name, recipe in settings.items()]
 
@@ -163,19 +167,25 @@ def provenance(runs: list[Run], out: Path) -> str:
     )
 
 
-def parse_arguments(docstring: str, name: str, *, num_seeds: int) -> argparse.Namespace:
-    """Return the options that all studies have."""
+def parse_arguments(docstring: str, name: str, *, num_seeds: int, fashion: bool = False) -> argparse.Namespace:
+    """Return the options that all studies have, and those of the ones on Fashion-MNIST."""
     parser = argparse.ArgumentParser(description=docstring.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="digits, few seeds, under two minutes: to see it work")
+    parser.add_argument("--quick", action="store_true", help="few samples and seeds, under two minutes: to see it work")
     parser.add_argument("--seeds", type=int, help=f"default: {num_seeds}; with --quick: 2")
     parser.add_argument(
         "--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, help=f"runs and logs (default: logs/studies/{name}[_quick])")
     parser.add_argument("--results", type=Path, help="table, verdicts and figures (default: those of --out)")
+    if fashion:
+        parser.add_argument(
+            "--data-dir", type=Path, default=FOLDER, help="the four files of Fashion-MNIST (default: %(default)s)"
+        )
+        parser.add_argument("--device", default="cpu", help="where to train and measure: cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     args.seeds = args.seeds or (2 if args.quick else num_seeds)
     args.out = args.out or Path("logs/studies") / (f"{name}_quick" if args.quick else name)
     args.results = args.results or args.out
+    args.has_fashion_mnist = fashion and is_there(args.data_dir)
     args.results.mkdir(parents=True, exist_ok=True)
     return args

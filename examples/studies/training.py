@@ -15,8 +15,10 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import fashion_mnist
 from digits import Classifier, DigitsDataModule, Mnist5kDataModule, convolutional_layers
 
 from lightning_flatness import (
@@ -33,6 +35,7 @@ from lightning_flatness.metrics import FlatnessMetric
 MEASURES: dict[str, Callable[[], FlatnessMetric]] = {
     "lambda_max": lambda: TopEigenvalues(tol=1e-2),
     "invariant_sharpness": lambda: InvariantSharpness(tol=1e-2),
+    "path_norm_sharpness": lambda: PSISharpness(geometry="path_norm", tol=1e-2),
     "adaptive_sharpness": lambda: WorstCaseSharpness(rho=0.5, geometry="element"),
     "psi_sharpness": lambda: PSISharpness(submodule="net", tol=1e-2),
     "log10_path_balance": lambda: BasisPathBalance(log10=True, submodule="net"),
@@ -50,9 +53,11 @@ class Recipe:
             all are behind.
         max_steps: Optimizer steps after which training stops in any case.
         measures: Names out of ``MEASURES``, measured on all training samples.
-        data: ``"mnist5k"`` or ``"digits"``.
-        num_train: Training samples of MNIST; the other samples are for testing.
+        data: ``"fashion"``, ``"mnist5k"`` or ``"digits"``.
+        num_train: Training samples: of Fashion-MNIST the first ones, of MNIST all that are not for testing.
         pixels: Of MNIST's images, 8, 16 or 28 per side.
+        num_probe: Training samples to measure on; 0 for all.
+        looks: How often in an epoch the training loss is looked at when it is near; 0 for after every step.
         network: ``"fully_connected"``, ``"lenet"`` or ``"convnet"``.
         width: Of the hidden layers of ``"fully_connected"``.
         dropout: Of ``"convnet"``.
@@ -79,6 +84,8 @@ class Recipe:
     num_train: int = 1000
     pixels: int = 8
     augmentation: bool = False
+    num_probe: int = 0
+    looks: int = 0
 
 
 class RecipeModule(Classifier):
@@ -121,11 +128,36 @@ def network_of(recipe: Recipe, pixels: int) -> nn.Sequential:
     return convolutional_layers(recipe.dropout, recipe.batch_norm)
 
 
-def data_of(recipe: Recipe) -> DigitsDataModule:
-    """Return a recipe's data, with batches of its size."""
+def data_of(recipe: Recipe, folder: Path = fashion_mnist.FOLDER) -> DigitsDataModule:
+    """Return a recipe's data, with batches of its size; Fashion-MNIST is read from a folder."""
+    if recipe.data == "fashion":
+        return FashionDataModule(recipe.batch_size, recipe.num_train, folder)
     if recipe.data == "digits":
         return DigitsDataModule(recipe.batch_size)
     return Mnist5kDataModule(recipe.batch_size, recipe.num_train, recipe.pixels)
+
+
+class FashionDataModule(DigitsDataModule):
+    """The first training images of Fashion-MNIST, standardised by their mean and deviation, and its whole test set."""
+
+    def __init__(self, batch_size: int, num_train: int, folder: Path) -> None:
+        super().__init__(batch_size)
+        self.train_set, self.test_set = (TensorDataset(*part) for part in standardised_fashion(num_train, folder))
+
+
+def standardised_fashion(num_train: int, folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return the first training images (num, 1, 28, 28) and all test images with their classes, standardised."""
+    raw = fashion_mnist.load(folder)
+    x, x_test = raw.train_images[:num_train, None].float(), raw.test_images[:, None].float()
+    mean, deviation = x.mean(), x.std()
+    y, y_test = raw.train_labels[:num_train].long(), raw.test_labels.long()
+    return ((x - mean) / deviation, y), ((x_test - mean) / deviation, y_test)
+
+
+def placed_on(device: str) -> dict[str, Any]:
+    """Return the Trainer's arguments for a device such as ``"cpu"``, ``"cuda"`` or ``"cuda:1"``."""
+    place = torch.device(device)
+    return {"accelerator": place.type, "devices": 1 if place.index is None else [place.index]}
 
 
 class PointsMonitor(FlatnessMonitor):
@@ -133,8 +165,10 @@ class PointsMonitor(FlatnessMonitor):
 
     def __init__(self, recipe: Recipe, data: DigitsDataModule) -> None:
         metrics = {name: MEASURES[name]() for name in recipe.measures}
-        super().__init__(metrics, every_n_epochs=None, probe_size=len(data.train_set), probe_batch_size=500)
+        probe_size = recipe.num_probe or len(data.train_set)
+        super().__init__(metrics, every_n_epochs=None, probe_size=probe_size, probe_batch_size=500)
         self.data = data
+        self.looks = recipe.looks
         self.pending = list(recipe.points)
         self.next_look = 1
         self.rows: list[dict[str, Any]] = []
@@ -159,9 +193,9 @@ class PointsMonitor(FlatnessMonitor):
             trainer.should_stop = True
 
     def _steps_to_next_look(self, above: float, num_batches: float) -> int:
-        """Look after every step when the target is near, so that all runs are measured at nearly the same loss."""
+        """Look often when the target is near, so that all runs are measured at nearly the same loss."""
         if above <= 1.5:
-            return 1
+            return max(1, int(num_batches) // self.looks) if self.looks else 1
         return max(1, int(num_batches) // (4 if above <= 4 else 1))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -176,7 +210,7 @@ class PointsMonitor(FlatnessMonitor):
         self.measure_and_log(trainer, pl_module, on_step=True)
         for name, metric in self.metrics.items():
             row |= {name: float(metric.compute()), f"{name}_error": float(metric.error)}
-            row[f"{name}_converged"] = bool(metric.converged)
+            row |= {f"{name}_standard_error": float(metric.standard_error), f"{name}_converged": bool(metric.converged)}
         self.rows += [{"point": point} | row for point in points]
         self.pending = [point for point in self.pending if point not in points]
 
@@ -193,21 +227,30 @@ def loss_and_accuracy(module: nn.Module, tensors: tuple[Tensor, ...]) -> tuple[f
     """Return mean loss and accuracy in percent over all samples, in evaluation mode."""
     x, y = tensors
     training = module.training
-    logits = torch.cat([module.eval()(part) for part in x.split(500)])
+    device = next(module.parameters()).device
+    logits = torch.cat([module.eval()(part.to(device)) for part in x.split(500)])
+    y = y.to(device)
     module.train(training)
     return float(F.cross_entropy(logits, y)), 100 * float((logits.argmax(dim=1) == y).double().mean())
 
 
-def train_and_measure(setting: str, seed: int, recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+def train_and_measure(
+    setting: str,
+    seed: int,
+    recipe: Recipe,
+    folder: Path,
+    data_dir: Path = fashion_mnist.FOLDER,
+    device: str = "cpu",
+) -> list[dict[str, Any]]:
     """Train from the weights that belong to ``seed``, log for TensorBoard into ``folder``, return a row per point."""
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left would be mixed into the curves
-    data = data_of(recipe)
+    data = data_of(recipe, data_dir)
     monitor = PointsMonitor(recipe, data)
     pl.seed_everything(seed, verbose=False)
     trainer = pl.Trainer(
         max_epochs=-1,
         max_steps=recipe.max_steps,
-        accelerator="cpu",
+        **placed_on(device),
         callbacks=[monitor, *([SharpnessAwareMinimization(rho=recipe.rho)] if recipe.rho else [])],
         logger=TensorBoardLogger(folder.parent.parent, name=folder.parent.name, version=folder.name),
         enable_checkpointing=False,

@@ -84,6 +84,31 @@ def judge(effect: Effect, direction: Direction, margin: float = math.nan) -> Ver
     return "holds here" if inside else "does not" if outside else "undecided"
 
 
+def seeds_to_decide(effect: Effect, direction: Direction, margin: float = math.nan, *, most: int = 1000) -> int | None:
+    """Return how many seeds would decide, if mean and scatter over seeds stayed as they are.
+
+    Args:
+        effect: A mean with its t interval, from :func:`difference` or :func:`ratio`.
+        direction: See :class:`Claim`.
+        margin: See :class:`Claim`.
+        most: Where to stop.
+
+    Returns:
+        The number of seeds in all; None if there is none up to ``most``, or the scatter is not known.
+    """
+    if effect.num < 2 or not math.isfinite(effect.high - effect.low):
+        return None
+    is_ratio = effect.unit == "x"
+    mean, high = (math.log(v) if is_ratio else v for v in (effect.estimate, effect.high))
+    deviation = (high - mean) * math.sqrt(effect.num) / stats.t.ppf(0.975, effect.num - 1)
+    for num in range(effect.num, most + 1):
+        half = deviation * stats.t.ppf(0.975, num - 1) / math.sqrt(num)
+        low, high = (math.exp(v) if is_ratio else v for v in (mean - half, mean + half))
+        if judge(Effect(effect.estimate, low, high, num, effect.unit), direction, margin) != "undecided":
+            return num
+    return None
+
+
 def all_of(verdicts: Sequence[Verdict]) -> Verdict:
     """Return the verdict on a claim that needs every one of its parts."""
     if "does not" in verdicts:
