@@ -1,30 +1,35 @@
 """Are the minima of large batches sharper than those of small batches, and do they generalise worse?
 
-    python examples/studies/large_batch_vs_small_batch.py          # MNIST 5k
+    python examples/studies/large_batch_vs_small_batch.py          # Fashion-MNIST
     python examples/studies/large_batch_vs_small_batch.py --quick  # digits
 
 A Scale Invariant Flatness Measure for Deep Network Minima (arXiv 1902.02434) confirms with its measure, our
-``InvariantSharpness``, that minima of large batches are sharper than those of small batches (its abstract). That they
-are less accurate, too, and the setting (networks without biases, Adam with learning rate 1e-3) are from memory.
+``InvariantSharpness``, that minima of large batches are sharper than those of small batches (its abstract). Its setting
+is ours: networks of ReLU without biases, Adam with a learning rate of 1e-3, batches of 256 against batches of 10 % of
+the training set. Cut is the training set, to the first 10,000 images; the test set is whole.
 
-Two networks without biases (five hidden layers of 512 units, and LeNet) are trained from the same initial weights with
-small batches and with all training samples as one batch, and compared in four ways:
+Two networks (five hidden layers of 512 units, and LeNet) are trained from the same initial weights with small and with
+large batches, and compared in four ways:
 
 - equal train loss: both as soon as they reach it, since late in training curvature shrinks with the loss;
-- equal train loss, scaled lr: the same, with the learning rate of the full batch scaled by the square root of the ratio
+- equal train loss, scaled lr: the same, with the learning rate of large batches scaled by the square root of the ratio
   of the batch sizes, as is usual for Adam; in the other three it is the same for both;
-- equal steps: after the same number of optimizer steps, for which full batches see many more samples;
+- equal steps: after the same number of optimizer steps, for which large batches see many more samples;
 - equal epochs: after the same number of samples, for which small batches take many more steps. Their losses differ.
 
-Every effect is over seeds, paired by the initial weights. Runs that do not reach the training loss are left out and
-counted.
+A second figure shows sharpness over six batch sizes, at equal train loss and learning rate. Every effect is over seeds,
+paired by the initial weights. Runs that do not reach the training loss are left out and counted.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
 from report import (
     VERDICT_HEADER,
     dots,
@@ -32,23 +37,33 @@ from report import (
     log_axis,
     markdown_table,
     mean,
+    outlook,
     shortfalls,
+    spread,
     tally,
     values,
     verdict_line,
     write_csv,
 )
 from study import QUICK_DATA, Row, finish, parse_arguments, provenance, runs_of
-from style import COLOURS, save, tidy
-from training import Recipe
-from verdicts import Claim, difference, ratio
+from style import COLOURS, in_order, save, tidy
+from training import Recipe, train_and_measure
+from verdicts import Claim, Effect, difference, mean_effect, ratio
 
 NAME = "large_batch_vs_small_batch"
 NETWORKS = {"fully_connected": "fully connected, 5 layers", "lenet": "LeNet"}
 CLAIMS = {
-    "invariant_sharpness": Claim("invariant sharpness is higher with the full batch", "above"),
-    "lambda_max": Claim("lambda_max is higher with the full batch", "above"),
-    "test_accuracy": Claim("test accuracy is lower with the full batch", "below"),
+    "invariant_sharpness": Claim("invariant sharpness is higher with large batches", "above"),
+    "lambda_max": Claim("lambda_max is higher with large batches", "above"),
+    "path_norm_sharpness": Claim("path-norm sharpness is higher with large batches", "above"),
+    "test_accuracy": Claim("test accuracy is lower with large batches", "below"),
+}
+
+
+CURVATURES = {
+    "invariant_sharpness": "invariant sharpness",
+    "lambda_max": "lambda_max",
+    "path_norm_sharpness": "path-norm sharpness",
 }
 
 
@@ -58,14 +73,14 @@ class Comparison:
 
     Attributes:
         name: In tables and figures.
-        full: Which runs with the full batch.
-        full_point: Where those are measured.
+        large: Which runs with large batches.
+        large_point: Where those are measured.
         small_point: Where the runs with small batches are.
     """
 
     name: str
-    full: str
-    full_point: str
+    large: str
+    large_point: str
     small_point: str
 
 
@@ -75,61 +90,80 @@ class Size:
 
     base: Recipe
     small_batch: int
+    large_batch: int
+    batch_sizes: tuple[int, ...]
     num_samples: int
     loss: float
     num_steps: int
     num_epochs: int
 
     @property
-    def comparisons(self) -> list[Comparison]:
-        """All comparisons."""
-        target, steps = f"loss={self.loss:g}", f"step={self.num_steps}"
-        return [
-            Comparison("equal train loss", "full batch", target, target),
-            Comparison("equal train loss, scaled lr", "full batch, scaled lr", target, target),
-            Comparison("equal steps", "full batch", steps, steps),
-            Comparison("equal epochs", "full batch", f"step={self.num_epochs}", self.epochs_of_small_batches),
-        ]
+    def target(self) -> str:
+        """The point at which the training losses are equal."""
+        return f"loss={self.loss:g}"
 
     @property
-    def epochs_of_small_batches(self) -> str:
-        """The step at which small batches have seen as many samples as the full batch in its epochs."""
-        return f"step={self.num_epochs * -(-self.num_samples // self.small_batch)}"
+    def comparisons(self) -> list[Comparison]:
+        """All comparisons."""
+        steps, epochs = f"step={self.num_steps}", [self.steps_of(size) for size in (self.large_batch, self.small_batch)]
+        return [
+            Comparison("equal train loss", "large batch", self.target, self.target),
+            Comparison("equal train loss, scaled lr", "large batch, scaled lr", self.target, self.target),
+            Comparison("equal steps", "large batch", steps, steps),
+            Comparison("equal epochs", "large batch", *epochs),
+        ]
+
+    def steps_of(self, batch_size: int) -> str:
+        """The step at which batches of a size have seen the samples of ``num_epochs`` epochs."""
+        return f"step={self.num_epochs * -(-self.num_samples // batch_size)}"
+
+    def name(self, batch_size: int) -> str:
+        """Return what runs with batches of a size are called."""
+        return {self.small_batch: "small batch", self.large_batch: "large batch"}.get(batch_size, f"batch {batch_size}")
 
     def settings(self) -> dict[str, Recipe]:
         """All settings by name."""
-        target, steps = f"loss={self.loss:g}", f"step={self.num_steps}"
-        scale = (self.num_samples / self.small_batch) ** 0.5
+        scale = (self.large_batch / self.small_batch) ** 0.5
         settings = {}
         for network in NETWORKS:
-            base = replace(self.base, network=network, batch_size=self.num_samples)
-            points = (target, steps, self.epochs_of_small_batches)
-            settings[f"{network}, small batch"] = replace(base, batch_size=self.small_batch, points=points)
-            points = (target, steps, f"step={self.num_epochs}")
-            settings[f"{network}, full batch"] = replace(base, points=points)
-            settings[f"{network}, full batch, scaled lr"] = replace(base, points=(target,), lr=scale * base.lr)
+            base = replace(self.base, network=network, points=(self.target,))
+            for size in sorted({self.small_batch, self.large_batch, *self.batch_sizes}):
+                points = (self.target, f"step={self.num_steps}", self.steps_of(size))
+                is_compared = size in (self.small_batch, self.large_batch)
+                recipe = replace(base, batch_size=size, points=points if is_compared else (self.target,))
+                settings[f"{network}, {self.name(size)}"] = recipe
+            scaled = replace(base, batch_size=self.large_batch, lr=scale * base.lr)
+            settings[f"{network}, large batch, scaled lr"] = scaled
         return settings
 
 
 FULL = Size(
     Recipe(
         points=(),
-        measures=("lambda_max", "invariant_sharpness"),
-        max_steps=2500,
+        measures=("lambda_max", "invariant_sharpness", "path_norm_sharpness"),
+        max_steps=20_000,
         batch_size=0,
         lr=1e-3,
         optimizer="adam",
-        pixels=16,
+        data="fashion",
+        num_train=10_000,
+        pixels=28,
+        num_probe=1000,
+        looks=10,
     ),
-    small_batch=50,
-    num_samples=1000,
-    loss=0.01,
+    small_batch=256,
+    large_batch=1000,
+    batch_sizes=(64, 128, 256, 512, 1000, 2500),
+    num_samples=10_000,
+    loss=0.05,
     num_steps=100,
-    num_epochs=30,
+    num_epochs=20,
 )
 QUICK = Size(
-    replace(FULL.base, data="digits", width=128, max_steps=500),
+    replace(FULL.base, data="digits", width=128, max_steps=500, num_probe=500),
     small_batch=32,
+    large_batch=350,
+    batch_sizes=(32, 128, 350),
     num_samples=1400,
     loss=0.1,
     num_steps=100,
@@ -137,17 +171,36 @@ QUICK = Size(
 )
 
 
-def verdict_lines(rows: list[Row], comparisons: list[Comparison]) -> list[list[str]]:
-    """Judge every claim for every network and comparison: full over (or minus) small batches."""
-    lines = []
+def judged(rows: list[Row], size: Size) -> list[tuple[Claim, str, Effect]]:
+    """Return every claim, where it is looked at, and the effect: large over (or minus) small batches, and slopes."""
+    found = []
     for column, claim in CLAIMS.items():
         for network, title in NETWORKS.items():
-            for comparison in comparisons:
-                full = values(rows, f"{network}, {comparison.full}", comparison.full_point, column)
+            for comparison in size.comparisons:
+                large = values(rows, f"{network}, {comparison.large}", comparison.large_point, column)
                 small = values(rows, f"{network}, small batch", comparison.small_point, column)
-                effect = difference(full, small, " %") if column == "test_accuracy" else ratio(full, small)
-                lines.append(verdict_line(claim, f"{title}: {comparison.name}", effect))
-    return lines
+                effect = difference(large, small, " %") if column == "test_accuracy" else ratio(large, small)
+                found.append((claim, f"{title}: {comparison.name}", effect))
+    for column, label in CURVATURES.items():
+        rises = Claim(f"{label} rises with the batch size (slope of the logarithms)", "above")
+        for network, title in NETWORKS.items():
+            found.append(
+                (rises, f"{title}: {size.batch_sizes[0]} to {size.batch_sizes[-1]}", slope(rows, size, network, column))
+            )
+    return found
+
+
+def slope(rows: list[Row], size: Size, network: str, column: str) -> Effect:
+    """Return the slope of a logarithm over that of the batch size, by least squares in each seed that has all sizes."""
+    by_size = [values(rows, f"{network}, {size.name(batch)}", size.target, column) for batch in size.batch_sizes]
+    seeds = sorted(set.intersection(*map(set, by_size)))
+    x = np.log(size.batch_sizes)
+    return mean_effect([float(np.polyfit(x, [math.log(found[seed]) for found in by_size], 1)[0]) for seed in seeds])
+
+
+def verdict_lines(rows: list[Row], size: Size) -> list[list[str]]:
+    """Return the table of verdicts."""
+    return [verdict_line(*line) for line in judged(rows, size)]
 
 
 def mean_lines(rows: list[Row], comparisons: list[Comparison]) -> list[list[str]]:
@@ -157,7 +210,7 @@ def mean_lines(rows: list[Row], comparisons: list[Comparison]) -> list[list[str]
     lines = []
     for network, title in NETWORKS.items():
         for comparison in comparisons:
-            for setting, point in (("small batch", comparison.small_point), (comparison.full, comparison.full_point)):
+            for setting, point in (("small batch", comparison.small_point), (comparison.large, comparison.large_point)):
                 cells = []
                 for column, form in columns.items():
                     cell = list(values(rows, f"{network}, {setting}", point, column).values())
@@ -167,56 +220,87 @@ def mean_lines(rows: list[Row], comparisons: list[Comparison]) -> list[list[str]
 
 
 def draw(rows: list[Row], comparisons: list[Comparison], path: Path, title: str) -> None:
-    """Draw a row of panels per network: small and full batches side by side, for every comparison."""
-    panels = (
-        ("invariant_sharpness", "invariant sharpness", True),
-        ("lambda_max", "lambda_max", True),
-        ("test_accuracy", "test accuracy, %", False),
-    )
+    """Draw a row of panels per network: small and large batches side by side, for every comparison."""
     places = {
         "small batch": [("small batch", c.small_point) for c in comparisons],
-        "full batch": [(c.full, c.full_point) for c in comparisons],
+        "large batch": [(c.large, c.large_point) for c in comparisons],
     }
+    panels = CURVATURES | {"test_accuracy": "test accuracy, %"}
     made, axes = figure(len(NETWORKS), len(panels), width=4.0)
     for axes_row, (network, name) in zip(axes, NETWORKS.items(), strict=True):
-        for ax, (column, label, log) in zip(axes_row, panels, strict=True):
-            for color, shift, kind in (
-                (COLOURS["small batch"], -0.15, "small batch"),
-                (COLOURS["large batch"], 0.15, "full batch"),
-            ):
+        for ax, (column, label) in zip(axes_row, panels.items(), strict=True):
+            log = column in CURVATURES
+            for shift, kind in ((-0.15, "small batch"), (0.15, "large batch")):
                 groups = [values(rows, f"{network}, {s}", point, column).values() for s, point in places[kind]]
-                dots(ax, [i + shift for i in range(len(groups))], groups, color=color, label=kind, line="none", log=log)
+                look = {"color": COLOURS[kind], "label": kind, "line": "none"}
+                dots(ax, [i + shift for i in range(len(groups))], groups, log=log, **look)
             names = [c.name.replace(", ", ",\n").replace(" ", "\n", 1) for c in comparisons]
             ax.set_xticks(range(len(comparisons)), names)
             ax.set_xlim(-0.5, len(comparisons) - 0.5)
-            ax.tick_params(axis="x", labelsize=8)
-            if log:
-                ax.set_yscale("log")
-                log_axis(ax.yaxis)
-            ax.set_title(f"{name}: {label}", fontsize=10)
-            tidy(ax)
+            finish_panel(ax, f"{name}: {label}", log=log)
             ax.grid(axis="x", visible=False)
     made.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    made.suptitle(title, fontsize=11)
+    made.suptitle(f"{title}: dots are seeds, bars their means")
     save(made, path)
 
 
+def draw_over_batch_sizes(rows: list[Row], size: Size, path: Path, title: str) -> None:
+    """Draw sharpness and accuracy over the batch size, at equal train loss."""
+    panels = CURVATURES | {"test_accuracy": "test accuracy, %"}
+    made, axes = figure(1, len(panels), width=3.4)
+    for ax, (column, label) in zip(axes[0], panels.items(), strict=True):
+        log = column in CURVATURES
+        for (network, name), colour in zip(NETWORKS.items(), in_order(len(NETWORKS)), strict=True):
+            settings = [f"{network}, {size.name(batch)}" for batch in size.batch_sizes]
+            groups = [list(values(rows, setting, size.target, column).values()) for setting in settings]
+            errors = [standard_error(rows, setting, size.target, column) for setting in settings]
+            spread(ax, size.batch_sizes, groups, errors, color=colour, label=name, log=log)
+        ax.set_xscale("log")
+        ax.set_xticks(size.batch_sizes, [str(batch) for batch in size.batch_sizes], rotation=45)
+        ax.minorticks_off()
+        ax.set_xlabel("batch size")
+        finish_panel(ax, label, log=log)
+    made.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    made.suptitle(f"{title}\nbands: one standard deviation over seeds; bars: standard error of the samples measured on")
+    save(made, path)
+
+
+def standard_error(rows: list[Row], setting: str, point: str, column: str) -> float:
+    """Return the mean standard error of a curvature; of the accuracy that of a share of 10,000 test samples."""
+    if column == "test_accuracy":
+        share = mean(list(values(rows, setting, point, column).values()), log=False) / 100
+        return math.sqrt(share * (1 - share))
+    return mean(list(values(rows, setting, point, f"{column}_standard_error").values()), log=False)
+
+
+def finish_panel(ax: Axes, title: str, *, log: bool) -> None:
+    """Set the title and the vertical axis."""
+    if log:
+        ax.set_yscale("log")
+        log_axis(ax.yaxis)
+    ax.set_title(title)
+    tidy(ax)
+
+
 def main() -> None:
-    args = parse_arguments(__doc__, NAME, num_seeds=5)
+    args = parse_arguments(__doc__, NAME, num_seeds=5, fashion=True)
     size = QUICK if args.quick else FULL
     runs = runs_of(size.settings(), args.seeds)
-    rows = finish(runs, args.out, args.workers)
+    rows = finish(runs, args.out, args.workers, partial(train_and_measure, data_dir=args.data_dir, device=args.device))
     write_csv(rows, args.results / f"{NAME}.csv")
-    data = QUICK_DATA if args.quick else "MNIST 5k (1,000 for training, averaged to 16x16)"
-    title = f"Batches of {size.small_batch} and {size.num_samples} (all), Adam, {data}, {args.seeds} seeds"
-    draw(rows, size.comparisons, args.results / f"{NAME}.png", f"{title}: dots are seeds, bars their means")
-    lines = verdict_lines(rows, size.comparisons)
-    text = f"{title}. Effects are full over (or minus) small batches, paired by seed. {tally(lines)}\n\n"
+    data = QUICK_DATA if args.quick else "Fashion-MNIST (10,000 for training)"
+    title = f"Batches of {size.small_batch} and {size.large_batch}, Adam, {data}, {args.seeds} seeds"
+    draw(rows, size.comparisons, args.results / f"{NAME}.png", title)
+    over = f"At a training loss of {size.loss:g}, Adam with one learning rate, {data}, {args.seeds} seeds"
+    draw_over_batch_sizes(rows, size, args.results / f"{NAME}_over_batch_sizes.png", over)
+    lines = verdict_lines(rows, size)
+    text = f"{title}. Effects are large over (or minus) small batches, paired by seed. {tally(lines)}\n\n"
     text += markdown_table(VERDICT_HEADER, lines)
     text += "\nMeans over seeds (geometric ones of losses and curvatures):\n\n"
     header = ("comparison", "setting", "steps", "train loss", "lambda_max", "invariant sharpness", "test accuracy, %")
     text += markdown_table(header, mean_lines(rows, size.comparisons))
-    text += f"\n{shortfalls(rows)}\n\n{provenance(runs, args.out)}\n"
+    notes = [outlook(judged(rows, size)), shortfalls(rows), provenance(runs, args.out)]
+    text += "\n" + "\n\n".join(note.strip() for note in notes if note) + "\n"
     (args.results / f"{NAME}.md").write_text(text)
     print(text)
 

@@ -15,6 +15,8 @@ if __name__ in ("__main__", "__mp_main__"):  # not where pytest looks for doctes
         study.QUICK,
         base=replace(study.QUICK.base, width=8, max_steps=12),
         small_batch=350,
+        large_batch=1400,
+        batch_sizes=(350, 1400),
         num_steps=4,
         num_epochs=3,
         loss=2.0,
