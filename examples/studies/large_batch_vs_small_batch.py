@@ -34,7 +34,7 @@ from report import (
     VERDICT_HEADER,
     dots,
     figure,
-    log_axis,
+    log_values,
     markdown_table,
     mean,
     outlook,
@@ -93,6 +93,7 @@ class Size:
     large_batch: int
     batch_sizes: tuple[int, ...]
     num_samples: int
+    num_test: int
     loss: float
     num_steps: int
     num_epochs: int
@@ -155,6 +156,7 @@ FULL = Size(
     large_batch=1000,
     batch_sizes=(64, 128, 256, 512, 1000, 2500),
     num_samples=10_000,
+    num_test=10_000,
     loss=0.05,
     num_steps=100,
     num_epochs=20,
@@ -165,6 +167,7 @@ QUICK = Size(
     large_batch=350,
     batch_sizes=(32, 128, 350),
     num_samples=1400,
+    num_test=397,
     loss=0.1,
     num_steps=100,
     num_epochs=10,
@@ -253,7 +256,7 @@ def draw_over_batch_sizes(rows: list[Row], size: Size, path: Path, title: str) -
         for (network, name), colour in zip(NETWORKS.items(), in_order(len(NETWORKS)), strict=True):
             settings = [f"{network}, {size.name(batch)}" for batch in size.batch_sizes]
             groups = [list(values(rows, setting, size.target, column).values()) for setting in settings]
-            errors = [standard_error(rows, setting, size.target, column) for setting in settings]
+            errors = [standard_error(rows, setting, size.target, column, size.num_test) for setting in settings]
             spread(ax, size.batch_sizes, groups, errors, color=colour, label=name, log=log)
         ax.set_xscale("log")
         ax.set_xticks(size.batch_sizes, [str(batch) for batch in size.batch_sizes], rotation=45)
@@ -265,19 +268,18 @@ def draw_over_batch_sizes(rows: list[Row], size: Size, path: Path, title: str) -
     save(made, path)
 
 
-def standard_error(rows: list[Row], setting: str, point: str, column: str) -> float:
-    """Return the mean standard error of a curvature; of the accuracy that of a share of 10,000 test samples."""
+def standard_error(rows: list[Row], setting: str, point: str, column: str, num_test: int) -> float:
+    """Return the mean standard error of a curvature; of the accuracy that of a share of the test samples."""
     if column == "test_accuracy":
         share = mean(list(values(rows, setting, point, column).values()), log=False) / 100
-        return math.sqrt(share * (1 - share))
+        return 100 * math.sqrt(share * (1 - share) / num_test)
     return mean(list(values(rows, setting, point, f"{column}_standard_error").values()), log=False)
 
 
 def finish_panel(ax: Axes, title: str, *, log: bool) -> None:
     """Set the title and the vertical axis."""
     if log:
-        ax.set_yscale("log")
-        log_axis(ax.yaxis)
+        log_values(ax)
     ax.set_title(title)
     tidy(ax)
 

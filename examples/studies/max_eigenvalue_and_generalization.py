@@ -28,7 +28,7 @@ from max_eigenvalue_grid import FULL, QUICK, Grid, batch_norm, convolutional, dr
 from report import (
     VERDICT_HEADER,
     figure,
-    log_axis,
+    log_values,
     markdown_table,
     mean,
     outlook,
@@ -224,8 +224,7 @@ class Findings:
                 ax.set_xlim(-0.3, len(ticks) - 0.7)
                 ax.set(xlabel=axis, title="lambda_max" if log else "test accuracy, %")
                 if log:
-                    ax.set_yscale("log")
-                    log_axis(ax.yaxis)
+                    log_values(ax)
                 tidy(ax)
             if len(lines) > 1:
                 entries = axes[0][0].get_legend_handles_labels()

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -168,6 +169,13 @@ def deviation(group: Sequence[float]) -> float:
         return 0.0
     middle = math.fsum(group) / len(group)
     return math.sqrt(math.fsum((v - middle) ** 2 for v in group) / (len(group) - 1))
+
+
+def log_values(ax: Axes) -> None:
+    """Make the vertical axis logarithmic, if there is anything to see on it."""
+    if any(value > 0 for line in ax.lines for value in np.asarray(line.get_ydata(), dtype=float)):
+        ax.set_yscale("log")
+        log_axis(ax.yaxis)
 
 
 def log_axis(axis: Any) -> None:
