@@ -36,7 +36,8 @@ def set_fonts() -> None:
     """Set the sizes of all texts of the studies' figures."""
     matplotlib.rc("font", size=9)
     matplotlib.rc("axes", titlesize=10, labelsize=9)
-    matplotlib.rc(("xtick", "ytick"), labelsize=8)
+    matplotlib.rc("xtick", labelsize=8)
+    matplotlib.rc("ytick", labelsize=8)
     matplotlib.rc("legend", fontsize=8)
     matplotlib.rc("figure", titlesize=9)
 
