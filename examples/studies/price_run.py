@@ -57,8 +57,10 @@ class PriceRecipe(AccuracyRecipe):
         """Return the callbacks that make a run sharpness-aware: none or one."""
         if not self.rho:
             return []
-        options = {"geometry": self.geometry, "interval": self.interval, "start_epoch": self.start_epoch}
-        return [SharpnessAwareMinimization(rho=self.rho, ascent=self.ascent, **options)]
+        sam = SharpnessAwareMinimization(
+            self.rho, self.geometry, interval=self.interval, start_epoch=self.start_epoch, ascent=self.ascent
+        )
+        return [sam]
 
 
 class PriceMonitor(pl.Callback):

@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from price_run import POINTS, PriceRecipe, train_and_measure
 from report import (
@@ -48,7 +49,7 @@ from style import draw_band, in_order, save, tidy
 from verdicts import Claim, Effect, difference, judge, ratio
 
 NAME = "sam_at_what_price"
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "SGD": {},
     "SAM": {"rho": 0.05},
     "SAM, every 5th step": {"rho": 0.05, "interval": 5},
@@ -80,7 +81,8 @@ class Size:
     """What differs between the full and the quick study."""
 
     base: PriceRecipe
-    lr: dict[int, float]
+    lr: dict[int, float]  # by batch size
+    loss: dict[int, float]  # by batch size: what SGD has near the end of its epochs, so that SAM has begun
     epochs: int
 
     @property
@@ -94,26 +96,26 @@ class Size:
         for size, lr in self.lr.items():
             for method, options in METHODS.items():
                 recipe = replace(self.base, batch_size=size, lr=lr, max_epochs=3 * self.epochs, **options)
-                epochs = replace(recipe, epochs=self.epochs, loss=self.base.loss)
+                epochs = replace(recipe, epochs=self.epochs, loss=self.loss[size])
                 if (share := LAST.get(method)) is None:
                     settings[name(method, size)] = replace(epochs, gradients=self.gradients)
                     continue
                 settings[name(method, size)] = replace(epochs, start_epoch=round(self.epochs * (1 - share)))
                 start = round(self.gradients / (1 + share) * (1 - share))
-                settings[name(method, size, "gradients")] = replace(
-                    recipe, gradients=self.gradients, start_epoch=start, loss=0.0
-                )
+                settings[name(method, size, "gradients")] = replace(recipe, gradients=self.gradients, start_epoch=start)
         return settings
 
 
 FULL = Size(
-    PriceRecipe(lr=0.0, batch_size=0, momentum=0.9, loss=0.05),
+    PriceRecipe(lr=0.0, batch_size=0, momentum=0.9),
     lr={128: 0.02, 1024: 0.1},
+    loss={128: 0.12, 1024: 0.18},
     epochs=20,
 )
 QUICK = Size(
-    replace(FULL.base, data="digits", num_train=1000, num_test=397, num_probe=250, loss=0.05),
+    replace(FULL.base, data="digits", num_train=1000, num_test=397, num_probe=250),
     lr={32: 0.02, 128: 0.05},
+    loss={32: 0.05, 128: 0.2},
     epochs=6,
 )
 

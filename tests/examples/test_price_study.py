@@ -88,7 +88,7 @@ def test_run_is_momentum_sgd_and_measuring_changes_nothing(tmp_path):
     from price_run import train_and_measure
     from to_accuracy import data_of, network_of
 
-    recipe = small(loss=1.0)
+    recipe = small()
     data = data_of(recipe, Path("nowhere"), "cpu")
     torch.manual_seed(3)
     net = network_of(recipe, data.pixels)
@@ -101,12 +101,13 @@ def test_run_is_momentum_sgd_and_measuring_changes_nothing(tmp_path):
                 for p, v, gradient in zip(net.parameters(), velocity, gradients, strict=True):
                     v.mul_(recipe.momentum).add_(gradient)
                     p -= recipe.lr * v
-        losses.append(float(F.cross_entropy(net(x), y)))
-    rows = train_and_measure("s", 3, recipe, tmp_path / "s" / "seed3", Path("nowhere"))
+        losses.append(float(F.cross_entropy(net(x), y).detach()))
+    level = 1.001 * losses[2]
+    rows = train_and_measure("s", 3, replace(recipe, loss=level), tmp_path / "s" / "seed3", Path("nowhere"))
     by_point = {row["point"]: row for row in rows}
     assert by_point["epochs"]["train_loss"] == pytest.approx(losses[1], rel=1e-4)
     assert by_point["gradients"]["train_loss"] == pytest.approx(losses[3], rel=1e-4)
-    first = next(i for i, loss in enumerate(losses) if loss <= 1.0)
+    first = next(i for i, loss in enumerate(losses) if loss <= level)
     assert by_point["loss"]["epoch"] == first + 1
     assert by_point["loss"]["train_loss"] == pytest.approx(losses[first], rel=1e-4)
 
@@ -218,7 +219,7 @@ def test_killed_study_resumes_and_gives_the_same_numbers(tmp_path, monkeypatch):
     """In one process: what SIGKILL does to runs is tested with the machinery, which all studies share."""
     import sam_at_what_price as study
 
-    tiny = replace(study.QUICK, base=small(epochs=0, gradients=0, loss=2.0), lr={40: 0.02}, epochs=1)
+    tiny = replace(study.QUICK, base=small(epochs=0, gradients=0), lr={40: 0.02}, loss={40: 2.0}, epochs=1)
     monkeypatch.setattr(study, "QUICK", tiny)
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["study", "--quick", "--seeds", "2", "--workers", "1", "--out", str(out)])
