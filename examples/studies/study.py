@@ -138,7 +138,7 @@ def _do(run: Run, out: Path, train: Callable[..., list[Row]], commit: str) -> No
     start = time.process_time()
     rows = train(run.setting, run.seed, run.recipe, out / "logs" / run.setting / f"seed{run.seed}")
     seconds = time.process_time() - start
-    outcome = {"run": run.description, "rows": rows, "seconds": seconds, "commit": commit}
+    outcome = {"run": run.description, "rows": rows, "seconds": seconds, "commit": commit, "torch": torch.__version__}
     path = out / "runs" / f"{run.stem}.json"
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     unfinished.write_text(json.dumps(outcome, indent=1))
@@ -159,10 +159,10 @@ def current_commit() -> str:
 def provenance(runs: list[Run], out: Path) -> str:
     """Return a sentence: on which commit the runs were done, with which torch, and what they cost."""
     outcomes = [outcome for run in runs if (outcome := finished(run, out)) is not None]
-    commits = ", ".join(sorted({outcome["commit"] for outcome in outcomes}))
+    commits, versions = (", ".join(sorted({outcome[key] for outcome in outcomes})) for key in ("commit", "torch"))
     minutes = sum(outcome["seconds"] for outcome in outcomes) / 60
     return (
-        f"{len(outcomes)} runs at commit {commits} with torch {torch.__version__}, one thread each: "
+        f"{len(outcomes)} runs at commit {commits} with torch {versions}, one thread each: "
         f"{minutes:.1f} minutes of processor time."
     )
 
