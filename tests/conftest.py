@@ -9,5 +9,6 @@ import torch
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
-collect_ignore = ["helpers", *([] if "FLATNESS_DEVICE" in os.environ else ["callbacks/accelerator_cases.py"])]
+CASES = ["callbacks/accelerator_cases.py", "callbacks/gpu_cases.py"]
+collect_ignore = ["helpers", *([] if "FLATNESS_DEVICE" in os.environ else CASES)]
 """Not test modules: pytest would import them, scripts among them, to look for doctests."""

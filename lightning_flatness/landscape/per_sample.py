@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_flatness.landscape.batched_loss import BatchedLoss
 from lightning_flatness.landscape.loss_landscape import LossLandscape
 from lightning_flatness.module.batches import copy_batch, map_tensors, slice_samples, tensors_in
-from lightning_flatness.module.loss import LossFunction, check_loss, loss_in
+from lightning_flatness.module.loss import check_loss, loss_in
 
 _CHUNK_BYTES = 2**27
 """Gradients of so many bytes are made at once."""
@@ -63,32 +63,47 @@ def _gradients_one_by_one(loss: BatchedLoss, index: int, start: int, stop: int) 
 
 def _gradients_by_vmap(loss: BatchedLoss, index: int, start: int, stop: int) -> Tensor:
     batch, size = loss.samples.fresh(index), loss.samples.sizes[index]
-    holder = LossModule(loss.module, loss.loss_fn)
-    weights: dict[str, Tensor] = {name: p for name, p in holder.named_parameters() if p.requires_grad}
+    at = LossModule(loss).at
     is_sliced = [leaf.dim() > 0 and leaf.shape[0] == size for leaf in tensors_in(batch)]
     chosen = list(tensors_in(slice_samples(batch, size, start, stop)))
 
-    def loss_of(values: dict[str, Tensor], *sample: Tensor) -> Tensor:
+    def loss_of(values: Sequence[Tensor], *sample: Tensor) -> Tensor:
         pieces = iter([t.unsqueeze(0) if sliced else t for t, sliced in zip(sample, is_sliced, strict=True)])
         one = map_tensors(lambda _: next(pieces).clone(), batch)  # the user's code may write into its batch
-        value: Tensor = torch.func.functional_call(holder, values, (one,))
-        return value.reshape(())
+        return at(values, one)
 
     in_dims = (None, *(0 if sliced else None for sliced in is_sliced))
     with loss.measured.forward_pass(index), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of operators that vmap has to loop over
-        gradients = torch.func.vmap(torch.func.grad(loss_of), in_dims=in_dims, randomness="same")(weights, *chosen)
-    return torch.cat([gradients[name].detach().flatten(1) for name in weights], dim=1).to(loss.dtype)
+        gradients = torch.func.vmap(torch.func.grad(loss_of), in_dims=in_dims, randomness="same")(
+            loss.parameters, *chosen
+        )
+    return torch.cat([gradient.detach().flatten(1) for gradient in gradients], dim=1).to(loss.dtype)
 
 
 class LossModule(nn.Module):
-    """A module whose output is the loss: ``functional_call`` takes modules."""
+    """A module whose output is the loss, as a function of the parameters: ``functional_call`` takes modules."""
 
-    def __init__(self, module: nn.Module, loss_fn: LossFunction) -> None:
+    def __init__(self, loss: BatchedLoss) -> None:
         super().__init__()
-        self.module = module
-        self.loss_fn = loss_fn
+        self.module = loss.module
+        self.loss_fn = loss.loss_fn
+        index_of = {id(p): i for i, p in enumerate(loss.parameters)}
+        # Each place once. With `tie_weights`, torch visits a layer that has two names twice, and in the end puts back
+        # there what it had put in the first time.
+        self._places = [
+            (name, index_of[id(p)])
+            for prefix, layer in self.named_modules()
+            for name, p in layer.named_parameters(prefix, recurse=False, remove_duplicate=False)
+            if id(p) in index_of
+        ]
 
     def forward(self, batch: Any) -> Any:
         """Return the loss of a batch."""
         return loss_in(self.loss_fn(self.module, batch))
+
+    def at(self, values: Sequence[Tensor], batch: Any) -> Tensor:
+        """Return the loss of a batch where the parameters have these values."""
+        named = {name: values[i] for name, i in self._places}
+        value: Tensor = torch.func.functional_call(self, named, (batch,), tie_weights=False)
+        return value.reshape(())

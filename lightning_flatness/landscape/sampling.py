@@ -197,18 +197,16 @@ def _losses_by_vmap(loss: BatchedLoss, index: int) -> Tensor:
 def _second_by_vmap(
     loss: BatchedLoss, index: int, velocity: Sequence[Tensor], acceleration: Sequence[Tensor]
 ) -> Tensor:
-    holder = LossModule(loss.module, loss.loss_fn)
-    names = [name for name, p in holder.named_parameters() if p.requires_grad]
+    at = LossModule(loss).at
     pieces = zip(loss.parameters, velocity, acceleration, strict=True)
     cast = [(p.detach(), u.to(p.dtype), c.to(p.dtype)) for p, u, c in pieces]
-    weights, velocities, accelerations = (dict(zip(names, column, strict=True)) for column in zip(*cast, strict=True))
+    weights, velocities, accelerations = (list(column) for column in zip(*cast, strict=True))
 
     def second(batch: Callable[[], Any]) -> Tensor:
-        def loss_at(values: dict[str, Tensor]) -> Tensor:
-            value: Tensor = torch.func.functional_call(holder, values, (batch(),))
-            return value.reshape(())
+        def loss_at(values: list[Tensor]) -> Tensor:
+            return at(values, batch())
 
-        def slope(values: dict[str, Tensor], velocity: dict[str, Tensor]) -> Tensor:
+        def slope(values: list[Tensor], velocity: list[Tensor]) -> Tensor:
             found: Tensor = torch.func.jvp(loss_at, (values,), (velocity,))[1]
             return found
 

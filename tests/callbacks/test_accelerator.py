@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-CASES = Path(__file__).with_name("accelerator_cases.py")
+FOLDER = Path(__file__).parent
 
 
-def run_cases(device: str) -> None:
-    """Run the cases in a process of their own: torch cannot take a pretend device back."""
+def run_cases(device: str, cases: str = "accelerator_cases.py") -> None:
+    """Run cases in a process of their own: torch cannot take a pretend device back, nor a GPU's settings."""
+    settings = {"FLATNESS_DEVICE": device, "PYTEST_ADDOPTS": "", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
-        env={**os.environ, "FLATNESS_DEVICE": device, "PYTEST_ADDOPTS": ""},
-        cwd=CASES.parents[2],
+        [sys.executable, "-m", "pytest", "-q", "--show-capture=no", "-p", "no:cacheprovider", str(FOLDER / cases)],
+        env=os.environ | settings,
+        cwd=FOLDER.parents[1],
         capture_output=True,
         text=True,
         timeout=900,
@@ -33,5 +34,6 @@ def test_on_a_pretend_accelerator():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu():
-    run_cases("cuda")
+@pytest.mark.parametrize("cases", ["accelerator_cases.py", "gpu_cases.py"])
+def test_on_a_gpu(cases):
+    run_cases("cuda", cases)

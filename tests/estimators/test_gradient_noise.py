@@ -195,3 +195,32 @@ def test_a_users_error_comes_through():
 
     with pytest.raises(KeyError, match="mine"):
         GradientNoise().update(LossLandscape(problem.module, problem.batches, loss_fn))
+
+
+class TwoNames(nn.Module):
+    """A layer and a module that stand under two names each, and a weight that two layers share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.backbone = self.encoder
+        self.body = nn.Sequential(self.encoder, nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.body[1].weight = self.body[3].weight
+        self.head = self.body[3]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body[1:3](self.backbone(x)))
+
+
+def test_layers_under_two_names_stay_in_the_module_that_is_measured():
+    torch.manual_seed(0)
+    module = TwoNames().double()
+    batches = [(torch.randn(16, 4, dtype=torch.float64), torch.randint(4, (16,)))]
+    problem = Problem(module, batches, lambda m, b: F.cross_entropy(m(b[0]), b[1]))
+    landscape, direction = landscape_of(problem), torch.ones(4 * 4 + 4 + 4 * 4 + 2 * 4, dtype=torch.float64)
+    with landscape.measurement():
+        before = landscape.hvp(direction)
+        noise = gradient_noise(landscape)
+        hessian_trace(landscape)  # whose standard error takes second derivatives of samples
+        torch.testing.assert_close(landscape.hvp(direction), before, rtol=1e-12, atol=0)
+    assert float(noise.value) == pytest.approx(float(dense_gradients(problem).var(dim=0).sum()), rel=1e-9)

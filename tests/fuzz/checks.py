@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import logging
+import os
 import random
 import re
 import signal
@@ -107,7 +108,7 @@ def _fit(
     pipeline = case.mixed(Pipeline)(case.mixed(Data))
     recorder, hooks, own = Recorder(path), Hooks(), case.callbacks()
     settings: dict[str, Any] = {
-        "accelerator": "cpu",
+        "accelerator": os.environ.get("FLATNESS_ACCELERATOR", "cpu"),
         "devices": 1,
         "logger": recorder,
         "enable_checkpointing": False,

@@ -41,6 +41,7 @@ def fingerprint(run: Any, module: Any, pipeline: Any, callbacks: list[Any], reco
     take = Snapshot(run.default_root_dir)
     result = {
         "rng/torch": take(torch.get_rng_state()),
+        "rng/cuda": take(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []),
         "rng/numpy": take(np.random.mtrand._rand),
         "rng/python": take(random.getstate()),
         "module": take(module),
