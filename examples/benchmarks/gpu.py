@@ -171,7 +171,7 @@ def main() -> None:
     for network in args.networks:
         lines.append(row(network, args.samples, args.probe_size, args.device))
         print(lines[-1], flush=True)
-    args.out.write_text("\n".join(lines) + "\n")
+        args.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

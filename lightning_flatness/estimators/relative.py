@@ -38,7 +38,9 @@ def relative_flatness(
         _, module = linear_layer(landscape, layer)
         weight = module.weight.detach()
         left, singular, _ = torch.linalg.svd(weight.to(landscape.dtype), full_matrices=False)
-        factor = left * singular
+        # Each library chooses signs of its own, and the random probes would be others on a GPU.
+        largest = left.gather(0, left.abs().argmax(dim=0, keepdim=True))
+        factor = left * singular * largest.sign()
         product = block_product(landscape, module.weight, operator)
 
         def matvec(y: Tensor) -> Tensor:

@@ -159,10 +159,13 @@ KEY = "sam_previous_gradient"
 
 
 def _random_states() -> Any:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), np.random.get_state(), random.getstate(), devices
 
 
 def _set_random_states(states: Any) -> None:
     torch.set_rng_state(states[0])
     np.random.set_state(states[1])
     random.setstate(states[2])
+    if states[3]:
+        torch.cuda.set_rng_state_all(states[3])
