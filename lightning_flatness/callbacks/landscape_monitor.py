@@ -257,6 +257,7 @@ class LandscapeMonitor(CountedWork):
                     seed=self.seed,
                     rank=trainer.global_rank,
                     world_size=trainer.world_size,
+                    device=pl_module.device,
                 )
                 with trainer.precision_plugin.train_step_context():
                     batches = transferred(trainer, pl_module, batches, self.seed)

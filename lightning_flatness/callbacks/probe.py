@@ -53,6 +53,7 @@ def draw_probe(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    device: torch.device | None = None,
 ) -> list[Any]:
     """Return this rank's share of a fixed random set of samples, as batches on the host.
 
@@ -73,6 +74,7 @@ def draw_probe(
         seed: Seed of the choice and of random augmentation.
         rank: This process.
         world_size: Number of processes; each gets the same number of batches where there are samples enough.
+        device: The module's. Where samples that lie on it cannot be drawn in a child, its generator is left as it was.
 
     Returns:
         The batches, collated as for training. The list knows how many samples there are (``num_total``), which the
@@ -87,9 +89,9 @@ def draw_probe(
         return _first(loader, -(-num_samples // world_size), equal_batches=uses_batch_statistics)
     assert isinstance(loader, DataLoader)
 
-    def batches() -> Iterator[Any]:
+    def batches(device: torch.device | None = None) -> Iterator[Any]:
         """Yield the number of samples that there are, then batches."""
-        with seeded(seed), _preserved_generators(loader):
+        with seeded(seed, device), _preserved_generators(loader):
             keys = candidates(loader, max_batches)
             yield len(keys)
             # Not a permutation of all keys, which for a large dataset would not fit into memory.
@@ -98,11 +100,11 @@ def draw_probe(
             chunks = _chunks(chosen, rank, world_size, size, interleaved=uses_batch_statistics)
             if chunks:
                 with torch.device("cpu"):  # where a DataLoader with this generator draws a seed for its workers
-                    loaded = iter(_loader_of(loader, chunks, seed))
+                    loaded = iter(_loader_of(loader, chunks, seed, device))
                 yield from loaded
 
     if not can_fork() or _refuses_fork(loader):
-        return _probe_of(batches())
+        return _probe_of(batches(device))
     try:
         return _probe_of(in_child(batches))
     except ChildFailed as failure:
@@ -112,7 +114,7 @@ def draw_probe(
             f"cache or draw from generators of their own. Of the child: {failure}",
             stacklevel=2,
         )
-        return _probe_of(batches())  # outside of `try`, an error here would not show the child's
+        return _probe_of(batches(device))  # outside of `try`, an error here would not show the child's
 
 
 class SeenBatches:
@@ -183,18 +185,19 @@ def _chunks(
 class _SeededSamples(Dataset[Any]):
     """A dataset whose random augmentation depends on the sample alone."""
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int, device: torch.device | None) -> None:
         self._dataset = dataset
         self._seed = seed
+        self._device = device
 
     def __getitem__(self, key: Any) -> Any:
-        with seeded(seed_of(key, self._seed)):
+        with seeded(seed_of(key, self._seed), self._device):
             try:
                 return self._dataset[key]
             except (NotImplementedError, TypeError):  # a dataset that loads batches only, or a subset of one
                 if not callable(getattr(self._dataset, "__getitems__", None)):
                     raise
-        with seeded(seed_of(key, self._seed)):
+        with seeded(seed_of(key, self._seed), self._device):
             return self._dataset.__getitems__([key])[0]
 
 
@@ -204,10 +207,12 @@ def _refuses_fork(loader: DataLoader[Any]) -> bool:
     return loader.num_workers > 0 and context is not None and context.get_start_method() != "fork"
 
 
-def _loader_of(loader: DataLoader[Any], chunks: list[list[int]], seed: int) -> DataLoader[Any]:
+def _loader_of(
+    loader: DataLoader[Any], chunks: list[list[int]], seed: int, device: torch.device | None
+) -> DataLoader[Any]:
     # Workers as in training: user code may open files that must not be opened in the main process.
     return DataLoader(
-        _SeededSamples(loader.dataset, seed),
+        _SeededSamples(loader.dataset, seed, None if loader.num_workers > 0 else device),  # of no use to a worker
         batch_sampler=chunks,
         collate_fn=loader.collate_fn,
         num_workers=min(loader.num_workers, len(chunks)),

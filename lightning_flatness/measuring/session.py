@@ -26,7 +26,7 @@ from lightning_flatness.measuring.tracker import FlatnessTracker
 from lightning_flatness.metrics.measurement import Measurement
 from lightning_flatness.module.loss import measured_parameters
 from lightning_flatness.module.modes import uses_batch_statistics
-from lightning_flatness.module.rng import preserved_rng
+from lightning_flatness.module.rng import device_of, preserved_rng
 
 
 @dataclass
@@ -128,6 +128,7 @@ class Session:
             uses_batch_statistics=uses_batch_statistics(built.module, self.tracker["mode"]),
             max_batches=max_batches,
             seed=seed,
+            device=device_of(built.module),
         )
         return transferred(built.trainer, built.module, batches, seed)
 

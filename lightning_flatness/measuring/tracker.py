@@ -26,6 +26,7 @@ from lightning_flatness.metrics.named import Metrics, chosen
 from lightning_flatness.module.loss import LossFunction
 from lightning_flatness.module.modes import Mode, uses_batch_statistics
 from lightning_flatness.module.replay import attached_trainer
+from lightning_flatness.module.rng import device_of
 
 Data = Iterable[Any] | Dataset[Any] | LightningDataModule
 Log = Callable[[dict[str, float], int], Any]
@@ -196,6 +197,7 @@ def _probe(module: Any, data: Data, size: int, batch_size: int | None, mode: Mod
         seed=seed,
         rank=rank,
         world_size=world_size,
+        device=device_of(module),
     )
     if isinstance(module, LightningModule) or hasattr(module, "transfer_batch_to_device"):  # of either package
         trainer = attached_trainer(module)  # under Fabric something else that has loggers

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 
 @contextmanager
@@ -62,6 +63,11 @@ def seed_all(seed: int, device: torch.device | None = None) -> None:
     if (accelerator := _accelerator_module(device)) is not None:
         with accelerator.device(device):  # not the current one
             accelerator.manual_seed(seed)
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Return where the first parameter of a module lies."""
+    return next((p.device for p in module.parameters()), None)
 
 
 def _accelerator_module(device: torch.device | None) -> Any:

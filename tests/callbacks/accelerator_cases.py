@@ -95,9 +95,21 @@ class Net(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def fit(device: str, *callbacks: Any, dropout: float = 0.2, default: str = "cpu") -> tuple[Trainer, LightningModule]:
+class OnTheDevice(TensorDataset):
+    """Samples that lie on the device, with noise of its generator."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        x, y = super().__getitem__(index)
+        return x + 0.1 * torch.randn_like(x), y
+
+
+def fit(
+    device: str, *callbacks: Any, dropout: float = 0.2, default: str = "cpu", on_device: bool = False
+) -> tuple[Trainer, LightningModule]:
     seed_everything(3, verbose=False)
     data = TensorDataset(torch.randn(64, 6), torch.randint(3, (64,)))
+    if on_device:
+        data = OnTheDevice(*(t.to(device) for t in data.tensors))
     options: dict[str, Any] = {"accelerator": "cpu"}
     if device == "cuda":
         options = {"accelerator": "cuda", "devices": 1}
@@ -144,6 +156,15 @@ def test_a_default_device_changes_nothing():
     monitors = FlatnessMonitor(probe_size=32), LossSurfaceMonitor(num_points=3, probe_size=32)
     watched = fit(DEVICE, *monitors, SharpnessAwareMinimization(rho=0.0), default=DEVICE)[1]
     assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(watched), strict=True))
+
+
+def test_samples_of_the_device_change_nothing(monkeypatch):
+    """No forked process can read them on a GPU: they are drawn in this one."""
+    plain = fit(DEVICE, on_device=True)[1]
+    monkeypatch.setattr("lightning_flatness.callbacks.probe.can_fork", lambda: False)
+    trainer, watched = fit(DEVICE, FlatnessMonitor(probe_size=32), on_device=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(watched), strict=True))
+    assert trainer.callback_metrics["flatness/lambda_max"].isfinite()
 
 
 def test_curves_on_the_device_are_those_on_the_cpu():
