@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from study import Run, runs_of
 from to_accuracy import AccuracyRecipe
 
 
@@ -25,6 +26,7 @@ class Grid:
         norm_batch_sizes: Its batch sizes.
         norm_num_train: Its training samples.
         num_between: Points up to the next iterate, for BatchNorm at the smallest learning rate.
+        more_norm_seeds: Seeds that the convolutional network has more than the others: its runs are short.
     """
 
     base: AccuracyRecipe
@@ -40,11 +42,19 @@ class Grid:
     norm_batch_sizes: tuple[int, ...]
     norm_num_train: int
     num_between: int = 8
+    more_norm_seeds: int = 2
 
     @property
     def sam_lr(self) -> float:
         """The learning rate of SAM, and of the SGD that it is compared with."""
         return self.lrs[-1]
+
+    def runs(self, num_seeds: int) -> list[Run]:
+        """All runs."""
+        settings = self.settings()
+        short = {name: recipe for name, recipe in settings.items() if recipe.network == "vgg"}
+        more = runs_of(short, num_seeds + self.more_norm_seeds)
+        return runs_of(settings, num_seeds) + [run for run in more if run.seed >= num_seeds]
 
     @property
     def norm_places(self) -> list[tuple[float, int]]:
@@ -98,9 +108,9 @@ def batch_norm(lr: float, batch_size: int) -> str:
 
 FULL = Grid(
     AccuracyRecipe(lr=0.0, batch_size=0),
-    lrs=(0.1, 0.2, 0.4),
+    lrs=(0.1, 0.2, 0.3),  # at 0.4 some runs diverge
     batch_sizes=(50, 250, 1000, 5000),
-    diagonal=((0.1, 50), (0.2, 100), (0.4, 200)),
+    diagonal=((0.1, 50), (0.2, 100), (0.3, 150)),
     rhos=(0.025, 0.05, 0.1),
     sam_batch_sizes=(50, 200, 1000, 2500),
     dropouts=(0.0, 0.1, 0.2, 0.5, 0.6, 0.7),
@@ -124,4 +134,5 @@ QUICK = Grid(
     norm_batch_sizes=(50,),
     norm_num_train=1000,
     num_between=3,
+    more_norm_seeds=0,
 )
