@@ -194,7 +194,7 @@ def answer(rows: list[Row], size: Size) -> Iterator[str]:
 
 def draw(rows: list[Row], size: Size, path: Path, title: str) -> None:
     """Draw a row of panels per batch size: every method, in three comparisons side by side."""
-    made, axes = figure(len(size.lr), len(PANELS), width=3.8, height=3.6)
+    made, axes = figure(len(size.lr), len(PANELS), width=3.1, height=2.7)
     places = range(len(METHODS))
     for axes_row, batch_size in zip(axes, size.lr, strict=True):
         for ax, (column, label) in zip(axes_row, PANELS.items(), strict=True):
@@ -216,9 +216,11 @@ def draw(rows: list[Row], size: Size, path: Path, title: str) -> None:
                 draw_band(ax, [-0.5, len(METHODS) - 0.5], [low[0]] * 2, [high[0]] * 2, colour)
             if log:
                 log_values(ax)
-            ax.set_xticks(places, list(METHODS), rotation=60, ha="right")
+            short = [method.removeprefix("SAM, ").removeprefix("along the ") for method in METHODS]
+            is_last = batch_size == list(size.lr)[-1]
+            ax.set_xticks(places, short if is_last else [""] * len(short), rotation=90)
             ax.set_xlim(-0.5, len(METHODS) - 0.5)
-            ax.set_title(f"batches of {batch_size}: {label}")
+            ax.set_title(f"batches of {batch_size}: {label}", fontsize=9)
             tidy(ax)
     made.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     made.suptitle(f"{title}\ndots: seeds; bars: mean ± one standard deviation over seeds; bands: those of SGD")
