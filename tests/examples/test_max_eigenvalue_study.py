@@ -317,3 +317,12 @@ def test_outlook_is_about_what_is_undecided():
         "- it helps, nowhere: no number up to 1,000 seeds would decide.",
         "- it helps, once: fewer than two pairs, so that this is not known.",
     ]
+
+
+def test_only_the_short_runs_have_more_seeds():
+    from max_eigenvalue_grid import FULL
+
+    seeds = {name: [run.seed for run in FULL.runs(3) if run.setting == name] for name in FULL.settings()}
+    assert {len(found) for name, found in seeds.items() if "VGG" in name} == {5}
+    assert all(found == [0, 1, 2] for name, found in seeds.items() if "VGG" not in name)
+    assert len(FULL.runs(3)) == sum(map(len, seeds.values()))
