@@ -20,6 +20,7 @@ from training import Recipe
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import fashion
 from digits import DigitsDataModule
+from fashion_mnist import FOLDER
 
 from lightning_flatness import SAM
 
@@ -38,6 +39,11 @@ class Data:
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
+
+    def to(self, device: str) -> Data:
+        """Return the same on a device."""
+        (x, y), (x_test, y_test) = self.train, self.test
+        return Data((x.to(device), y.to(device)), (x_test.to(device), y_test.to(device)))
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,10 @@ class Trained:
 
 
 @cache
-def data_of(name: str, num_train: int) -> Data:
-    """Return Fashion-MNIST, or the digits in a black frame, once per process."""
+def data_of(name: str, num_train: int, folder: Path = FOLDER) -> Data:
+    """Return Fashion-MNIST from a folder, or the digits in a black frame, read once per process."""
     if name == "fashion":
-        return Data(fashion.images(num_train), fashion.images_to_test(NUM_TEST, num_train))
+        return Data(fashion.images(num_train, folder), fashion.images_to_test(NUM_TEST, num_train, folder))
     if name != "digits":
         raise ValueError(f"Expected the data to be 'fashion' or 'digits', got {name!r}.")
     data = DigitsDataModule()
@@ -137,24 +143,33 @@ def network(kind: str) -> nn.Module:
 
 def augmented(x: Tensor) -> Tensor:
     """Return images, each mirrored with probability one half, and all shifted by up to one pixel."""
-    mirrored = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
+    mirrored = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x)
     rows, columns = torch.randint(0, 3, (2,)).tolist()
     size = x.shape[-1]
     return F.pad(mirrored, (1, 1, 1, 1), mode="replicate")[..., rows : rows + size, columns : columns + size]
 
 
-def train(recipe: Recipe, seed: int) -> Trained:
-    """Train from the weights that belong to ``seed`` until the loss on all training samples is that of the recipe."""
+def train(recipe: Recipe, seed: int, data: Data | None = None) -> Trained:
+    """Train from the weights that belong to ``seed`` until the loss on all training samples is that of the recipe.
+
+    Args:
+        recipe: How to train.
+        seed: Of the initial weights and of the order of the samples.
+        data: That of the recipe, where it is on another device or from another folder.
+
+    Returns:
+        The network, on the device of the data.
+    """
     target = float(recipe.points[0].removeprefix("loss="))
-    data = data_of(recipe.data, recipe.num_train)
+    data = data or data_of(recipe.data, recipe.num_train)
     x, y = data.train
     torch.manual_seed(seed)
-    module = network(recipe.network)
+    module = network(recipe.network).to(x.device)
     optimizer = optimizer_of(recipe, module)
     num_batches = -(-len(x) // recipe.batch_size)
     step, next_look, loss = 0, num_batches, float("inf")
     while step < recipe.max_steps:
-        for chosen in torch.randperm(len(x)).split(recipe.batch_size):
+        for chosen in torch.randperm(len(x)).to(x.device).split(recipe.batch_size):
             descend(module, optimizer, augmented(x[chosen]) if recipe.augmentation else x[chosen], y[chosen])
             step += 1
             if step >= min(next_look, recipe.max_steps):

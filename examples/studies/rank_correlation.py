@@ -6,14 +6,17 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from verdicts import NUM_RESAMPLES, Effect
+from verdicts import Effect
+
+NUM_RESAMPLES = 4000
 
 
 def taus(x: np.ndarray, y: np.ndarray, clusters: Sequence[str], groups: Sequence[str] | None = None) -> np.ndarray:
     """Return Kendall's tau-b of all models, and then of resamples in which whole settings are drawn.
 
-    A model that is drawn c times counts as c models that are tied with each other, as in ``clustered_bootstrap`` with
-    ``kendall``: so tau is made of quadratic forms in the counts, and all resamples are done at once.
+    Seeds of one setting resemble each other: drawing models one by one would count them as independent, and make
+    intervals too short. A model that is drawn c times counts as c models that are tied with each other: so tau is made
+    of quadratic forms in the counts, and all resamples are done at once.
 
     Args:
         x: A number per model.

@@ -37,6 +37,21 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer.writerows(rows)
 
 
+def read_csv(path: Path) -> list[Row]:
+    """Return the rows that :func:`write_csv` has written; None where there is nothing."""
+
+    def value(text: str) -> Any:
+        if text in ("True", "False", ""):
+            return {"True": True, "False": False, "": None}[text]
+        try:
+            return int(text) if text.isdigit() else float(text)
+        except ValueError:
+            return text
+
+    with path.open(newline="") as file:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Return a table in markdown."""
     rows = [header, ["---"] * len(header), *lines]

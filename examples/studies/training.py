@@ -19,16 +19,14 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import fashion_mnist
-from digits import Classifier, DigitsDataModule, Mnist5kDataModule, convolutional_layers
+from digits import Classifier, DigitsDataModule, convolutional_layers
 
 from lightning_flatness import (
-    BasisPathBalance,
     FlatnessMonitor,
     InvariantSharpness,
     PSISharpness,
     SharpnessAwareMinimization,
     TopEigenvalues,
-    WorstCaseSharpness,
 )
 from lightning_flatness.metrics import FlatnessMetric
 
@@ -36,9 +34,6 @@ MEASURES: dict[str, Callable[[], FlatnessMetric]] = {
     "lambda_max": lambda: TopEigenvalues(tol=1e-2),
     "invariant_sharpness": lambda: InvariantSharpness(tol=1e-2),
     "path_norm_sharpness": lambda: PSISharpness(geometry="path_norm", tol=1e-2),
-    "adaptive_sharpness": lambda: WorstCaseSharpness(rho=0.5, geometry="element"),
-    "psi_sharpness": lambda: PSISharpness(submodule="net", tol=1e-2),
-    "log10_path_balance": lambda: BasisPathBalance(log10=True, submodule="net"),
 }
 """What can be measured, by the name of its column and of its curve in TensorBoard."""
 
@@ -53,9 +48,9 @@ class Recipe:
             all are behind.
         max_steps: Optimizer steps after which training stops in any case.
         measures: Names out of ``MEASURES``, measured on all training samples.
-        data: ``"fashion"``, ``"mnist5k"`` or ``"digits"``.
-        num_train: Training samples: of Fashion-MNIST the first ones, of MNIST all that are not for testing.
-        pixels: Of MNIST's images, 8, 16 or 28 per side.
+        data: ``"fashion"`` or ``"digits"``.
+        num_train: Training samples of Fashion-MNIST, the first ones.
+        pixels: Per side of its images, for the record: nothing reads it.
         num_probe: Training samples to measure on; 0 for all.
         looks: How often in an epoch the training loss is looked at when it is near; 0 for after every step.
         network: ``"fully_connected"``, ``"lenet"`` or ``"convnet"``.
@@ -80,7 +75,7 @@ class Recipe:
     width: int = 512
     dropout: float = 0.0
     batch_norm: bool = False
-    data: str = "mnist5k"
+    data: str = "fashion"
     num_train: int = 1000
     pixels: int = 8
     augmentation: bool = False
@@ -132,9 +127,7 @@ def data_of(recipe: Recipe, folder: Path = fashion_mnist.FOLDER) -> DigitsDataMo
     """Return a recipe's data, with batches of its size; Fashion-MNIST is read from a folder."""
     if recipe.data == "fashion":
         return FashionDataModule(recipe.batch_size, recipe.num_train, folder)
-    if recipe.data == "digits":
-        return DigitsDataModule(recipe.batch_size)
-    return Mnist5kDataModule(recipe.batch_size, recipe.num_train, recipe.pixels)
+    return DigitsDataModule(recipe.batch_size)
 
 
 class FashionDataModule(DigitsDataModule):

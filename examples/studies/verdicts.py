@@ -7,7 +7,7 @@ interval is on the other side; "undecided": neither. Intervals are 95 % each, no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +16,6 @@ from scipy import stats
 
 Verdict = Literal["holds here", "does not", "undecided"]
 Direction = Literal["above", "below", "apart", "within"]
-
-NUM_RESAMPLES = 4000
 
 
 @dataclass(frozen=True)
@@ -143,38 +141,3 @@ def mean_effect(values: Sequence[float], unit: str = "") -> Effect:
     if num > 1:
         half = float(stats.t.ppf(0.975, num - 1) * np.std(values, ddof=1) / math.sqrt(num))
     return Effect(mean, mean - half, mean + half, num, unit=unit)
-
-
-def kendall(x: np.ndarray, y: np.ndarray) -> float:
-    """Return Kendall's tau-b: pairs in the same order minus pairs in opposite order, over pairs; 0 without order.
-
-    SciPy has it, too; this is ten times faster on a few dozen models, which a bootstrap needs.
-    """
-    order_x, order_y = (np.sign(np.subtract.outer(v, v)) for v in (x, y))
-    num_pairs = math.sqrt(np.sum(order_x**2) * np.sum(order_y**2))
-    return float(np.sum(order_x * order_y)) / num_pairs if num_pairs else 0.0
-
-
-def clustered_bootstrap(clusters: Sequence[str], statistic: Callable[[np.ndarray], float], *, seed: int = 0) -> Effect:
-    """Return a statistic of models with a percentile bootstrap interval; what is drawn are whole clusters.
-
-    Seeds of one setting resemble each other: drawing models one by one would count them as independent, and make
-    the interval too short.
-
-    Args:
-        clusters: The setting of each model.
-        statistic: Of an array of indices of models, in which some come several times.
-        seed: Of the draws.
-
-    Returns:
-        The statistic of all models, with its interval.
-    """
-    members = [np.flatnonzero(np.array(clusters) == name) for name in dict.fromkeys(clusters)]
-    everything = np.arange(len(clusters))
-    if len(members) < 2:
-        return Effect(statistic(everything) if len(clusters) > 1 else math.nan, -math.inf, math.inf, len(clusters))
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(len(members), size=(NUM_RESAMPLES, len(members)))
-    values = [statistic(np.concatenate([members[i] for i in draw])) for draw in draws]
-    low, high = np.quantile(values, [0.025, 0.975])
-    return Effect(statistic(everything), float(low), float(high), len(clusters))

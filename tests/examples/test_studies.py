@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import random
 import sys
@@ -131,45 +130,6 @@ def test_interval_covers_as_often_as_it_says():
     assert covered / 2000 == pytest.approx(0.95, abs=0.02)
 
 
-@pytest.mark.parametrize(("slope", "verdict"), [(1.0, "holds here"), (-1.0, "does not"), (0.0, "undecided")])
-def test_rank_correlation_of_made_up_models(slope, verdict):
-    import psi_flatness_and_generalization as study
-    from verdicts import judge
-
-    draw = random.Random(1)
-    models = [
-        {"setting": f"s{i // 3}", "lambda_max": 10.0**i, "loss_gap": slope * i + draw.gauss(0, 2)} for i in range(30)
-    ]
-    found = study.correlation(models, "lambda_max", "loss_gap")
-    assert judge(found, "above") == verdict
-    gaps = [model["loss_gap"] for model in models]
-    assert found.estimate == pytest.approx(stats.kendalltau(range(30), gaps).statistic)
-
-
-def test_tau_is_that_of_scipy_with_ties():
-    import numpy as np
-    from verdicts import kendall
-
-    draw = np.random.default_rng(0)
-    for _ in range(20):
-        x, y = draw.integers(0, 6, size=(2, 15)).astype(float)
-        assert kendall(x, y) == pytest.approx(stats.kendalltau(x, y).statistic)
-    assert kendall(np.ones(3), np.arange(3.0)) == 0.0
-
-
-def test_seeds_of_a_setting_are_not_independent():
-    from verdicts import clustered_bootstrap
-
-    values = [float(i // 10) for i in range(40)]  # ten equal seeds in each of four settings
-    clusters = [f"s{i // 10}" for i in range(40)]
-
-    def width(names):
-        found = clustered_bootstrap(names, lambda chosen: sum(values[i] for i in chosen) / len(chosen))
-        return found.high - found.low
-
-    assert width(clusters) > 2 * width([str(i) for i in range(40)])
-
-
 # ------------------------------------------------------------------------------------------- the studies' own judgement
 
 
@@ -216,19 +176,6 @@ def test_batch_sizes_are_judged_by_their_numbers(sharpness, accuracy, verdicts):
 # ---------------------------------------------------------------------------------------------- the committed results
 
 
-def read_csv(path):
-    def value(text):
-        if text in ("True", "False", ""):
-            return {"True": True, "False": False, "": None}[text]
-        try:
-            return int(text) if text.isdigit() else float(text)
-        except ValueError:
-            return text
-
-    with path.open(newline="") as file:
-        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
-
-
 def verdicts_from_rows(name, rows):
     if name == "large_batch_vs_small_batch":
         import large_batch_vs_small_batch as study
@@ -238,17 +185,18 @@ def verdicts_from_rows(name, rows):
         import max_eigenvalue_and_generalization as study
 
         return [line for lines in study.Findings(rows, study.FULL).verdicts().values() for line in lines]
-    import psi_flatness_and_generalization as study
+    from psi_report import verdict_lines
+    from report import read_csv
 
-    models = study.models_of(rows)
-    assert len(models) >= 20
-    return study.correlation_lines(models) + study.advantage_lines(models)
+    return verdict_lines(rows, read_csv(RESULTS / "which_measure.csv"))
 
 
 @pytest.mark.parametrize(
     "name", ["large_batch_vs_small_batch", "max_eigenvalue_and_generalization", "psi_flatness_and_generalization"]
 )
 def test_committed_verdicts_follow_from_the_committed_numbers(name):
+    from report import read_csv
+
     table = (RESULTS / f"{name}.md").read_text()
     lines = verdicts_from_rows(name, read_csv(RESULTS / f"{name}.csv"))
     printed = [line for line in table.splitlines() if line.endswith("** |")]

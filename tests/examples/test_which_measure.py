@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import random
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.study_processes import finish, kill_in_the_middle, study_processes
+from scipy import stats
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "examples" / "studies"
@@ -220,7 +220,7 @@ def test_every_metric_of_the_package_is_there():
 
 
 def slow_taus(x, y, clusters, groups):
-    from verdicts import NUM_RESAMPLES
+    from rank_correlation import NUM_RESAMPLES
 
     names = list(dict.fromkeys(clusters))
     members = [[i for i, c in enumerate(clusters) if c == name] for name in names]
@@ -251,18 +251,33 @@ def test_taus_are_those_of_plain_loops(num_groups):
     np.testing.assert_allclose(found[:40], expected, atol=1e-12)
 
 
-def test_interval_is_that_of_the_other_studies():
-    from rank_correlation import effect, taus
-    from verdicts import clustered_bootstrap, kendall
+def test_interval_is_that_of_resampled_settings():
+    from rank_correlation import NUM_RESAMPLES, effect, taus
 
     draw = np.random.default_rng(2)
     x, y = draw.normal(size=(2, 20))
     clusters = [f"s{i // 2}" for i in range(20)]
     found = effect(taus(x, y, clusters), 20, 10)
-    expected = clustered_bootstrap(clusters, lambda chosen: kendall(x[chosen], y[chosen]))
-    assert (found.estimate, found.low, found.high) == pytest.approx((expected.estimate, expected.low, expected.high))
+    assert found.estimate == pytest.approx(stats.kendalltau(x, y).statistic)
+    settings = np.random.default_rng(0).integers(10, size=(NUM_RESAMPLES, 10))
+    chosen = np.stack([2 * settings, 2 * settings + 1], axis=2).reshape(NUM_RESAMPLES, 20)
+    expected = np.quantile([stats.kendalltau(x[c], y[c]).statistic for c in chosen], [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx(tuple(expected))
     assert effect(taus(x[:2], y[:2], ["a", "a"]), 2, 1).low == -math.inf
     assert math.isnan(effect(np.array([0.0]), 1, 1).estimate)
+
+
+def test_seeds_of_a_setting_are_not_independent():
+    from rank_correlation import effect, taus
+
+    settings = np.repeat(np.arange(5.0), 8)  # eight equal seeds in each of five settings
+    y = settings[[16, 0, 24, 8, 32]].repeat(8)
+
+    def width(clusters):
+        found = effect(taus(settings, y, clusters), 40, len(set(clusters)))
+        return found.high - found.low
+
+    assert width([f"s{s}" for s in settings]) > 2 * width([str(i) for i in range(40)])
 
 
 def made_up(order_within, order_of_kinds=1.0, noise=0.1):
@@ -334,20 +349,8 @@ def test_basis_paths_are_compared_on_networks_that_have_both():
 # ---------------------------------------------------------------------------------------------- the committed results
 
 
-def read_csv(path):
-    def value(text):
-        if text in ("True", "False", ""):
-            return {"True": True, "False": False, "": None}[text]
-        try:
-            return int(text) if text.isdigit() else float(text)
-        except ValueError:
-            return text
-
-    with path.open(newline="") as file:
-        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(file)]
-
-
 def test_committed_table_follows_from_the_committed_numbers():
+    from report import read_csv
     from which_measure_report import models_of, path_lines, path_table, recommended_geometry, table, table_lines
 
     from lightning_flatness import PSISharpness
@@ -388,6 +391,8 @@ def test_killed_study_gives_the_same_numbers(tmp_path, start):
     assert 3 <= len(done) < 12
     assert f"{len(done)} of 12 runs are done already" in finish(start(killed))
     assert {name: (killed / "runs" / name).stat().st_mtime_ns for name in done} == done
+
+    from report import read_csv
 
     tables = [read_csv(folder / "which_measure.csv") for folder in (whole, killed)]
     for table in tables:  # the time that it took differs, and nothing else
