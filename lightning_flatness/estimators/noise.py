@@ -99,10 +99,11 @@ def _squared_norms(landscape: LossLandscape, geometry: str | Geometry, *, centre
         centre = mean if centred else torch.zeros_like(mean)
         try:
             sums = sum_over_samples(landscape, partial(_add_squares, chart, centre), _SIZE + len(mean))
-        except ValueError as error:
+        except (ValueError, torch.jit.Error) as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            raise UndefinedMeasureError(f"Expected a loss of single samples, got one without: {error}.") from error
+            reason = str(error).splitlines()[-1].removeprefix("builtins.ValueError: ")  # of TorchScript's traceback
+            raise UndefinedMeasureError(f"Expected a loss of single samples, got one without: {reason}.") from error
     n, first, second, longest = sums[:_SIZE].tolist()
     eps = max(torch.finfo(p.dtype).eps for p in landscape.parameters)
     _check_mean(mean, sums[_SIZE:] / n, math.sqrt(longest), tolerance=min(1e3 * eps, 0.1))

@@ -183,6 +183,16 @@ def test_losses_that_are_no_mean_over_samples_are_refused():
         GradientNoise(tol=-1)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")
+@pytest.mark.parametrize("scripted", [False, True])
+def test_batch_norm_has_no_gradients_of_single_samples(scripted):
+    layer = torch.jit.script(nn.BatchNorm1d(4)) if scripted else nn.BatchNorm1d(4)
+    module = nn.Sequential(layer, nn.Linear(4, 3))
+    landscape = LossLandscape(module, classification((8,), (4,)), lambda m, b: F.cross_entropy(m(b[0]), b[1]))
+    with pytest.raises(UndefinedMeasureError, match="got one without: Expected more than 1 value per channel when training"):
+        GradientNoise().update(landscape)
+
+
 def test_a_users_error_comes_through():
     problem = make_problem("tanh_mlp")
     calls: list[int] = []
