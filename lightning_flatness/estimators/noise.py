@@ -90,6 +90,7 @@ def _squared_norms(landscape: LossLandscape, geometry: str | Geometry, *, centre
     Raises:
         UndefinedMeasureError: If there is a single sample, or the loss is not a mean over samples.
         ValueError: If the loss of a single sample raises one.
+        Error: The same, in TorchScript.
     """
     if landscape.num_samples < 2:
         raise UndefinedMeasureError("Expected two or more samples to measure the scatter of their gradients, got one.")

@@ -189,7 +189,9 @@ def test_batch_norm_has_no_gradients_of_single_samples(scripted):
     layer = torch.jit.script(nn.BatchNorm1d(4)) if scripted else nn.BatchNorm1d(4)
     module = nn.Sequential(layer, nn.Linear(4, 3))
     landscape = LossLandscape(module, classification((8,), (4,)), lambda m, b: F.cross_entropy(m(b[0]), b[1]))
-    with pytest.raises(UndefinedMeasureError, match="got one without: Expected more than 1 value per channel when training"):
+    with pytest.raises(
+        UndefinedMeasureError, match="got one without: Expected more than 1 value per channel when training"
+    ):
         GradientNoise().update(landscape)
 
 
