@@ -25,6 +25,7 @@ class Grid:
         norm_lrs: Learning rates of the convolutional network with and without BatchNorm.
         norm_batch_sizes: Its batch sizes.
         norm_num_train: Its training samples.
+        momentum_places: Pairs for the convolutional network with a momentum of 0.9, which the paper does not have.
         num_between: Points up to the next iterate, for BatchNorm at the smallest learning rate.
         more_norm_seeds: Seeds that the convolutional network has more than the others: its runs are short.
     """
@@ -41,6 +42,7 @@ class Grid:
     norm_lrs: tuple[float, ...]
     norm_batch_sizes: tuple[int, ...]
     norm_num_train: int
+    momentum_places: tuple[tuple[float, int], ...] = ()
     num_between: int = 8
     more_norm_seeds: int = 2
 
@@ -83,6 +85,12 @@ class Grid:
             found[convolutional(lr, size)] = recipe
             between = self.num_between if lr == self.norm_lrs[0] else 0
             found[batch_norm(lr, size)] = replace(recipe, batch_norm=True, num_between=between)
+        for lr, size in self.momentum_places:
+            recipe = replace(
+                self.base, lr=lr, batch_size=size, momentum=0.9, network="vgg", num_train=self.norm_num_train
+            )
+            found[with_momentum(convolutional(lr, size))] = recipe
+            found[with_momentum(batch_norm(lr, size))] = replace(recipe, batch_norm=True)
         return found
 
 
@@ -106,6 +114,10 @@ def batch_norm(lr: float, batch_size: int) -> str:
     return f"VGG with BatchNorm, lr {lr:g}, batch {batch_size}"
 
 
+def with_momentum(name: str) -> str:
+    return f"{name}, momentum"
+
+
 FULL = Grid(
     AccuracyRecipe(lr=0.0, batch_size=0),
     lrs=(0.1, 0.2, 0.3),  # at 0.4 some runs diverge
@@ -119,6 +131,7 @@ FULL = Grid(
     norm_lrs=(0.05, 0.1, 0.2),
     norm_batch_sizes=(100, 500),
     norm_num_train=5000,
+    momentum_places=((0.02, 100), (0.02, 500)),
 )
 QUICK = Grid(
     AccuracyRecipe(lr=0.0, batch_size=0, accuracy=90.0, max_epochs=100, num_train=1000, num_test=1000, num_probe=250),
