@@ -18,7 +18,8 @@ training set, to its first 10,000 images, and VGG11: to its first four convoluti
 fixed in advance: test accuracies within half a percent point, and lambda_max within a factor of 1.25.
 
 BatchNorm is looked at in evaluation mode and with momentum, too. The paper has neither, and earlier versions of this
-study, which had both, came to other verdicts.
+study, which had both, came to other verdicts. (That the factor of 1.25 counts for the fifth finding, too, was settled
+when two seeds of five were known.)
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from report import (
 from study import Row, finish, parse_arguments, provenance
 from style import COLOURS, in_order, save, tidy
 from to_accuracy import train_and_measure
-from verdicts import Claim, Effect, all_of, difference, judge, not_all_of, ratio
+from verdicts import Claim, Effect, Verdict, all_of, difference, judge, not_all_of, ratio
 
 NAME = "max_eigenvalue_and_generalization"
 SAME_ACCURACY, SAME_LAMBDA = 0.5, 1.25
@@ -164,10 +165,10 @@ class Findings:
         places = [(convolutional(*place), batch_norm(*place)) for place in self.grid.norm_places]
         names = [(convolutional(*place), batch_norm(*place)) for place in self.grid.momentum_places]
         lines: Lines = []
-        ratios = self.norm_lines(lines, places)
+        here = self.norm_lines(lines, places)
         self.norm_lines(lines, places, mode="eval", words=", in evaluation mode")
         self.norm_lines(lines, [(with_momentum(without), with_momentum(normed)) for without, normed in names])
-        inconsistent = not_all_of([judge(effect, "below") for effect in ratios])
+        inconsistent = not_all_of(here)
         where = f"all {len(places)}"
         lines.append(["BatchNorm does not consistently reduce lambda_max", where, "all", "", "", f"**{inconsistent}**"])
         for without, normed in places:
@@ -175,16 +176,19 @@ class Findings:
             lines.append((Claim("BatchNorm helps accuracy", "above"), without, effect))
         return lines
 
-    def norm_lines(self, lines: Lines, pairs: list[tuple[str, str]], mode: str = "", words: str = "") -> list[Effect]:
-        """Add on which side of one the ratio of lambda_max with BatchNorm to that without is; return the ratios."""
+    def norm_lines(self, lines: Lines, pairs: list[tuple[str, str]], mode: str = "", words: str = "") -> list[Verdict]:
+        """Add how lambda_max with BatchNorm compares with that without, and return whether it is smaller."""
         sides = {"holds here": "smaller", "does not": "larger", "undecided": "undecided"}
-        effects = []
+        are_smaller = []
         for without, normed in pairs:
             effect = ratio(self.lambda_max(normed, mode=mode), self.lambda_max(without))
+            is_smaller, side = judge(effect, "below"), sides[judge(effect, "below")]
+            if judge(effect, "within", SAME_LAMBDA) == "holds here":
+                is_smaller, side = "does not", "the same"
             line = verdict_line(Claim(f"lambda_max with BatchNorm{words}", "below"), without, effect)
-            lines.append([*line[:-1], sides[judge(effect, "below")]])
-            effects.append(effect)
-        return effects
+            lines.append([*line[:-1], side])
+            are_smaller.append(is_smaller)
+        return are_smaller
 
     # ---------------------------------------------------------------------------------------------------------- figures
 
