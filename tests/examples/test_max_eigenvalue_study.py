@@ -237,7 +237,7 @@ def test_findings_fail_where_the_numbers_are_turned_around(as_in_the_paper):
     same = study.Findings(rows_of(study, grid, dict.fromkeys(curvature, 1.0), accuracy), grid)
     assert verdicts_of(map(study.written, same.scaled_together())) == ["does not", "holds here", "does not"]
     normalized = verdicts_of(map(study.written, same.batch_normalization()))
-    assert set(normalized[:4]) == {"the same"}
+    assert normalized[:2] == ["the same"] * 2
     assert normalized[4] == "holds here"  # lambda_max is not smaller
 
 
