@@ -150,14 +150,14 @@ FULL = Size(
         num_train=10_000,
         pixels=28,
         num_probe=1000,
-        looks=10,
+        looks=2,
     ),
     small_batch=256,
     large_batch=1000,
-    batch_sizes=(64, 128, 256, 512, 1000, 2500),
+    batch_sizes=(128, 256, 512, 1000, 2500, 5000),
     num_samples=10_000,
     num_test=10_000,
-    loss=0.05,
+    loss=0.1,
     num_steps=100,
     num_epochs=20,
 )
@@ -285,7 +285,7 @@ def finish_panel(ax: Axes, title: str, *, log: bool) -> None:
 
 
 def main() -> None:
-    args = parse_arguments(__doc__, NAME, num_seeds=5, fashion=True)
+    args = parse_arguments(__doc__, NAME, num_seeds=3, fashion=True)
     size = QUICK if args.quick else FULL
     runs = runs_of(size.settings(), args.seeds)
     rows = finish(runs, args.out, args.workers, partial(train_and_measure, data_dir=args.data_dir, device=args.device))
