@@ -6,10 +6,11 @@
 A Scale Invariant Flatness Measure for Deep Network Minima (arXiv 1902.02434) confirms with its measure, our
 ``InvariantSharpness``, that minima of large batches are sharper than those of small batches (its abstract). Its setting
 is ours: networks of ReLU without biases, Adam with a learning rate of 1e-3, batches of 256 against batches of 10 % of
-the training set. Cut is the training set, to the first 10,000 images; the test set is whole.
+the training set. Cut are the training set, to the first 10,000 images, and LeNet, the paper's other network, which
+takes hours to come down to the training loss with large batches: it is in the quick mode only. The test set is whole.
 
-Two networks (five hidden layers of 512 units, and LeNet) are trained from the same initial weights with small and with
-large batches, and compared in four ways:
+A network of five hidden layers of 512 units is trained from the same initial weights with small and with large
+batches, which are compared in four ways:
 
 - equal train loss: both as soon as they reach it, since late in training curvature shrinks with the loss;
 - equal train loss, scaled lr: the same, with the learning rate of large batches scaled by the square root of the ratio
@@ -97,6 +98,12 @@ class Size:
     loss: float
     num_steps: int
     num_epochs: int
+    names: tuple[str, ...] = tuple(NETWORKS)
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """The networks that are trained, and what they are called in tables and figures."""
+        return {name: NETWORKS[name] for name in self.names}
 
     @property
     def target(self) -> str:
@@ -126,7 +133,7 @@ class Size:
         """All settings by name."""
         scale = (self.large_batch / self.small_batch) ** 0.5
         settings = {}
-        for network in NETWORKS:
+        for network in self.networks:
             base = replace(self.base, network=network, points=(self.target,))
             for size in sorted({self.small_batch, self.large_batch, *self.batch_sizes}):
                 points = (self.target, f"step={self.num_steps}", self.steps_of(size))
@@ -160,6 +167,7 @@ FULL = Size(
     loss=0.1,
     num_steps=100,
     num_epochs=20,
+    names=("fully_connected",),
 )
 QUICK = Size(
     replace(FULL.base, data="digits", width=128, max_steps=500, num_probe=500),
@@ -178,7 +186,7 @@ def judged(rows: list[Row], size: Size) -> list[tuple[Claim, str, Effect]]:
     """Return every claim, where it is looked at, and the effect: large over (or minus) small batches, and slopes."""
     found = []
     for column, claim in CLAIMS.items():
-        for network, title in NETWORKS.items():
+        for network, title in size.networks.items():
             for comparison in size.comparisons:
                 large = values(rows, f"{network}, {comparison.large}", comparison.large_point, column)
                 small = values(rows, f"{network}, small batch", comparison.small_point, column)
@@ -186,7 +194,7 @@ def judged(rows: list[Row], size: Size) -> list[tuple[Claim, str, Effect]]:
                 found.append((claim, f"{title}: {comparison.name}", effect))
     for column, label in CURVATURES.items():
         rises = Claim(f"{label} rises with the batch size (slope of the logarithms)", "above")
-        for network, title in NETWORKS.items():
+        for network, title in size.networks.items():
             found.append(
                 (rises, f"{title}: {size.batch_sizes[0]} to {size.batch_sizes[-1]}", slope(rows, size, network, column))
             )
@@ -206,13 +214,13 @@ def verdict_lines(rows: list[Row], size: Size) -> list[list[str]]:
     return [verdict_line(*line) for line in judged(rows, size)]
 
 
-def mean_lines(rows: list[Row], comparisons: list[Comparison]) -> list[list[str]]:
+def mean_lines(rows: list[Row], size: Size) -> list[list[str]]:
     """Return the means over seeds that the verdicts compare."""
     curvatures = dict.fromkeys(("train_loss", "lambda_max", "invariant_sharpness"), ".3g")
     columns = {"step": ".0f", **curvatures, "test_accuracy": ".2f"}
     lines = []
-    for network, title in NETWORKS.items():
-        for comparison in comparisons:
+    for network, title in size.networks.items():
+        for comparison in size.comparisons:
             for setting, point in (("small batch", comparison.small_point), (comparison.large, comparison.large_point)):
                 cells = []
                 for column, form in columns.items():
@@ -222,15 +230,16 @@ def mean_lines(rows: list[Row], comparisons: list[Comparison]) -> list[list[str]
     return lines
 
 
-def draw(rows: list[Row], comparisons: list[Comparison], path: Path, title: str) -> None:
+def draw(rows: list[Row], size: Size, path: Path, title: str) -> None:
     """Draw a row of panels per network: small and large batches side by side, for every comparison."""
+    comparisons = size.comparisons
     places = {
         "small batch": [("small batch", c.small_point) for c in comparisons],
         "large batch": [(c.large, c.large_point) for c in comparisons],
     }
     panels = CURVATURES | {"test_accuracy": "test accuracy, %"}
-    made, axes = figure(len(NETWORKS), len(panels), width=4.0)
-    for axes_row, (network, name) in zip(axes, NETWORKS.items(), strict=True):
+    made, axes = figure(len(size.networks), len(panels), width=4.0)
+    for axes_row, (network, name) in zip(axes, size.networks.items(), strict=True):
         for ax, (column, label) in zip(axes_row, panels.items(), strict=True):
             log = column in CURVATURES
             for shift, kind in ((-0.15, "small batch"), (0.15, "large batch")):
@@ -253,7 +262,7 @@ def draw_over_batch_sizes(rows: list[Row], size: Size, path: Path, title: str) -
     made, axes = figure(1, len(panels), width=3.4)
     for ax, (column, label) in zip(axes[0], panels.items(), strict=True):
         log = column in CURVATURES
-        for (network, name), colour in zip(NETWORKS.items(), in_order(len(NETWORKS)), strict=True):
+        for (network, name), colour in zip(size.networks.items(), in_order(len(size.networks)), strict=True):
             settings = [f"{network}, {size.name(batch)}" for batch in size.batch_sizes]
             groups = [list(values(rows, setting, size.target, column).values()) for setting in settings]
             errors = [standard_error(rows, setting, size.target, column, size.num_test) for setting in settings]
@@ -292,7 +301,7 @@ def main() -> None:
     write_csv(rows, args.results / f"{NAME}.csv")
     data = QUICK_DATA if args.quick else "Fashion-MNIST (10,000 for training)"
     title = f"Batches of {size.small_batch} and {size.large_batch}, Adam, {data}, {args.seeds} seeds"
-    draw(rows, size.comparisons, args.results / f"{NAME}.png", title)
+    draw(rows, size, args.results / f"{NAME}.png", title)
     over = f"At a training loss of {size.loss:g}, Adam with one learning rate, {data}, {args.seeds} seeds"
     draw_over_batch_sizes(rows, size, args.results / f"{NAME}_over_batch_sizes.png", over)
     lines = verdict_lines(rows, size)
@@ -300,7 +309,7 @@ def main() -> None:
     text += markdown_table(VERDICT_HEADER, lines)
     text += "\nMeans over seeds (geometric ones of losses and curvatures):\n\n"
     header = ("comparison", "setting", "steps", "train loss", "lambda_max", "invariant sharpness", "test accuracy, %")
-    text += markdown_table(header, mean_lines(rows, size.comparisons))
+    text += markdown_table(header, mean_lines(rows, size))
     notes = [outlook(judged(rows, size)), shortfalls(rows), provenance(runs, args.out)]
     text += "\n" + "\n\n".join(note.strip() for note in notes if note) + "\n"
     (args.results / f"{NAME}.md").write_text(text)

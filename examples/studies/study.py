@@ -119,6 +119,8 @@ def _done(runs: list[Run], out: Path, workers: int, train: Callable[..., list[Ro
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         futures = {pool.submit(_do, run, out, train, commit): run for run in runs}
         for future in as_completed(futures):
+            if future.exception() is not None:  # do not do all the others first
+                pool.shutdown(wait=False, cancel_futures=True)
             future.result()
             yield futures[future]
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import fashion_mnist
@@ -136,11 +136,6 @@ class FashionDataModule(DigitsDataModule):
     def __init__(self, batch_size: int, num_train: int, folder: Path) -> None:
         super().__init__(batch_size)
         self.train_set, self.test_set = (TensorDataset(*part) for part in standardised_fashion(num_train, folder))
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Take whole batches out of the tensors: image by image takes longer than a step."""
-        batches = BatchSampler(RandomSampler(self.train_set), self.batch_size, drop_last=False)
-        return DataLoader(self.train_set, batch_size=None, sampler=batches)
 
 
 def standardised_fashion(num_train: int, folder: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
