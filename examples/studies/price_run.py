@@ -118,7 +118,7 @@ class PriceMonitor(pl.Callback):
         if point not in self.pending:
             return
         start = time.process_time()
-        row = {"point": point, "reached": True, "step": trainer.global_step}
+        row: dict[str, Any] = {"point": point, "reached": True, "step": trainer.global_step}
         row["epoch"] = trainer.global_step / trainer.num_training_batches
         row["gradients"] = self.num_gradients / trainer.num_training_batches
         row["seconds"] = start - self.began - self.paused
@@ -135,6 +135,7 @@ class PriceMonitor(pl.Callback):
 
     def curvatures(self, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Return lambda_max and invariant sharpness with their errors, by column."""
+        assert isinstance(pl_module, SgdModule)
         row: dict[str, Any] = {}
         metrics = {"lambda_max": TopEigenvalues(tol=1e-2), "invariant_sharpness": InvariantSharpness(tol=1e-2)}
         for name, metric in metrics.items():
