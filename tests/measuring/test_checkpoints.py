@@ -285,6 +285,7 @@ def test_weights_of_lightnings_averaging_callbacks(tmp_path):
     ).EMAWeightAveraging(decay=0.5)
     callback = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
     for name, averaging in [("ema", ema), ("swa", callback)]:
+        torch.manual_seed(0)
         path = checkpoint_of(tmp_path / name, Classifier(), averaging)
         both = measure_checkpoints([path], module=Classifier, data=loader, tol=1e-6, weights="both")
         assert both.problems == ()
@@ -295,7 +296,7 @@ def test_weights_of_lightnings_averaging_callbacks(tmp_path):
         module = Classifier()
         module.load_state_dict(trained)
         assert values["trained"] == pytest.approx(measure(module, loader(), tol=1e-6).values["lambda_max"], rel=1e-4)
-        assert abs(values["averaged"] / values["trained"] - 1) > 1e-3
+        assert abs(values["averaged"] / values["trained"] - 1) > 1e-4
         step = both[0].step
         folder = tmp_path / name
         curve = points(folder, "flatness/lambda_max")
