@@ -135,6 +135,7 @@ def test_the_program_of_a_config_has_to_be_named(user):
     assert "name it with --module, as in --module main:Net for main.py" in problem
 
 
+@pytest.mark.usefixtures("measured")  # whose points are in the curves of the training samples
 def test_another_split_has_other_samples_and_can_have_curves_of_its_own(user, capsys):
     command = ["measure", "lightning_logs/version_0/checkpoints/last.ckpt", "--module", "train:Net"]
     lines = []
