@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from study import Run, runs_of
 from to_accuracy import AccuracyRecipe
 
 
@@ -27,7 +26,6 @@ class Grid:
         norm_num_train: Its training samples.
         momentum_places: Pairs for the convolutional network with a momentum of 0.9, which the paper does not have.
         num_between: Points up to the next iterate, for BatchNorm at the smallest learning rate.
-        more_norm_seeds: Seeds that the convolutional network has more than the others: its runs are short.
     """
 
     base: AccuracyRecipe
@@ -44,19 +42,11 @@ class Grid:
     norm_num_train: int
     momentum_places: tuple[tuple[float, int], ...] = ()
     num_between: int = 8
-    more_norm_seeds: int = 2
 
     @property
     def sam_lr(self) -> float:
         """The learning rate of SAM, and of the SGD that it is compared with."""
         return self.lrs[-1]
-
-    def runs(self, num_seeds: int) -> list[Run]:
-        """All runs."""
-        settings = self.settings()
-        short = {name: recipe for name, recipe in settings.items() if recipe.network == "vgg"}
-        more = runs_of(short, num_seeds + self.more_norm_seeds)
-        return runs_of(settings, num_seeds) + [run for run in more if run.seed >= num_seeds]
 
     @property
     def norm_places(self) -> list[tuple[float, int]]:
@@ -147,5 +137,4 @@ QUICK = Grid(
     norm_batch_sizes=(50,),
     norm_num_train=1000,
     num_between=3,
-    more_norm_seeds=0,
 )

@@ -57,7 +57,7 @@ class Size:
         for kind, num_train in self.num_train.items():
             base = Recipe(
                 points=(f"loss={self.loss:g}",), measures=MEASURES, max_steps=0, batch_size=0, lr=0.0, network=kind,
-                data=self.data, num_train=num_train, pixels=14,
+                data=self.data, num_train=num_train,
             )  # fmt: skip
             recipes = {
                 f"{kind}: {name}": replace(base, batch_size=size, lr=lr, max_steps=300 * -(-num_train // size))

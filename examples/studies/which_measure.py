@@ -34,7 +34,6 @@ SMALL_PROBE = 64
 
 FULL = Recipe(
     points=("loss=0.2",), measures=tuple(MEASURES), max_steps=0, batch_size=32, lr=0.0, data="fashion", num_train=1000,
-    pixels=14,
 )  # fmt: skip
 QUICK = replace(FULL, points=("loss=0.5",), data="digits", num_train=500, measures=(
     "lambda_max", "element", "path_norm", "path", "fisher", "balance"))  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +14,7 @@ from torch.nn import functional as F
 STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _import_path():
-    sys.path.insert(0, str(STUDIES))
-    yield
-    sys.path.remove(str(STUDIES))
+pytestmark = pytest.mark.usefixtures("import_path_of_studies")
 
 
 def small(**changes):
@@ -320,12 +315,3 @@ def test_outlook_is_about_what_is_undecided():
         "- it helps, nowhere: no number up to 1,000 seeds would decide.",
         "- it helps, once: fewer than two pairs, so that this is not known.",
     ]
-
-
-def test_only_the_short_runs_have_more_seeds():
-    from max_eigenvalue_grid import FULL
-
-    seeds = {name: [run.seed for run in FULL.runs(3) if run.setting == name] for name in FULL.settings()}
-    assert {len(found) for name, found in seeds.items() if "VGG" in name} == {5}
-    assert all(found == [0, 1, 2] for name, found in seeds.items() if "VGG" not in name)
-    assert len(FULL.runs(3)) == sum(map(len, seeds.values()))

@@ -16,11 +16,7 @@ STEPS = 5
 """Of an epoch of the small runs."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _import_path():
-    sys.path.insert(0, str(STUDIES))
-    yield
-    sys.path.remove(str(STUDIES))
+pytestmark = pytest.mark.usefixtures("import_path_of_studies")
 
 
 def small(**changes):

@@ -18,11 +18,7 @@ RESULTS = STUDIES / "results"
 NAME = "psi_flatness_and_generalization"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _import_path():
-    sys.path.insert(0, str(STUDIES))
-    yield
-    sys.path.remove(str(STUDIES))
+pytestmark = pytest.mark.usefixtures("import_path_of_studies")
 
 
 # --------------------------------------------------------------------------------------------------------------- runs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +16,7 @@ STUDIES = ROOT / "examples" / "studies"
 RESULTS = STUDIES / "results"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _import_path():
-    sys.path.insert(0, str(STUDIES))
-    yield
-    sys.path.remove(str(STUDIES))
+pytestmark = pytest.mark.usefixtures("import_path_of_studies")
 
 
 # --------------------------------------------------------------------------------------------------- judging an effect
@@ -157,7 +152,7 @@ def test_batch_sizes_are_judged_by_their_numbers(sharpness, accuracy, verdicts):
     import large_batch_vs_small_batch as study
 
     size = study.QUICK
-    points = {point for c in size.comparisons for point in (c.large_point, c.small_point)}
+    points = {p for name in size.networks for c in size.comparisons(name) for p in (c.large_point, c.small_point)}
 
     def number(name, column):
         large = accuracy if column == "test_accuracy" else sharpness
@@ -224,7 +219,9 @@ def test_run_is_measured_at_its_points_on_all_training_samples(tmp_path, monkeyp
     from lightning_flatness import LossLandscape, TopEigenvalues
 
     folder = tmp_path / "a setting" / "seed3"
-    recipe = Recipe(("step=5", "loss=2", "loss=1e-9"), ("lambda_max",), 80, 100, 0.05, data="digits")
+    recipe = Recipe(
+        ("step=5", "loss=2", "loss=1e-9"), ("lambda_max",), 80, 100, 1e-3, "adam", network="lenet", data="digits"
+    )
     rows = {row["point"]: row for row in train_and_measure("a setting", 3, recipe, folder)}
     assert {(row["setting"], row["seed"]) for row in rows.values()} == {("a setting", 3)}
     assert rows["loss=1e-9"] == {"setting": "a setting", "seed": 3, "point": "loss=1e-9", "reached": False}
@@ -249,6 +246,28 @@ def test_run_is_measured_at_its_points_on_all_training_samples(tmp_path, monkeyp
     x, y = data.test_set.tensors
     num_right = sum(modules[0].net(x).argmax(dim=1) == y).item()
     assert again["test_accuracy"] == pytest.approx(100 * num_right / len(y))
+
+
+def test_batch_in_parts_takes_the_same_steps(tmp_path):
+    """At the same losses after the same steps, of the same samples: each batch falls into halves."""
+    from training import Recipe, train_and_measure
+
+    points = "step=3", "step=8", "loss=1.2"
+    recipe = Recipe(points, ("lambda_max",), 80, 700, 2e-3, "adam", network="lenet", data="digits")
+    whole = train_and_measure("whole", 0, recipe, tmp_path / "whole" / "seed0")
+    halves = train_and_measure("halves", 0, replace(recipe, parts=2), tmp_path / "halves" / "seed0")
+    assert [row["point"] for row in whole] == list(points)
+    for row, same in zip(whole, halves, strict=True):
+        assert same["setting"] == "halves"
+        for column in ("step", "epoch", "train_loss", "test_loss", "lambda_max"):
+            assert same[column] == pytest.approx(row[column], rel=1e-3), column
+
+
+def test_network_has_a_name():
+    from training import Recipe, network_of
+
+    with pytest.raises(ValueError, match="Expected the network to be 'fully_connected' or 'lenet', got 'vgg'"):
+        network_of(Recipe((), (), 1, 32, 0.1, network="vgg"), 8)
 
 
 # ------------------------------------------------------------------------------------------------- killed, and resumed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +20,7 @@ RESULTS = STUDIES / "results"
 KINDS = ("mlp", "cnn", "resnet", "vit")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _import_path():
-    sys.path.insert(0, str(STUDIES))
-    yield
-    sys.path.remove(str(STUDIES))
+pytestmark = pytest.mark.usefixtures("import_path_of_studies")
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ if __name__ in ("__main__", "__mp_main__"):  # not where pytest looks for doctes
         batch_sizes=(350, 1400),
         num_steps=4,
         num_epochs=3,
-        loss=2.0,
-        names=("fully_connected",),
+        losses={"fully_connected": 2.0},
+        swept=("fully_connected",),
     )
 
 if __name__ == "__main__":
