@@ -1,4 +1,4 @@
-"""Four kinds of networks for images of 14x14 pixels, trained by plain loops to the same training loss.
+"""Four kinds of networks, three for images of 14x14 pixels and one for text, trained by plain loops to the same loss.
 
 All hidden units but those of the attention are ReLUs, so that the geometries of paths are defined where the network has
 no attention.
@@ -19,18 +19,21 @@ from training import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import fashion
+from attention_invariance import standard_library
 from digits import DigitsDataModule
 from fashion_mnist import FOLDER
 
 from lightning_flatness import SAM
 
-KINDS = {"mlp": "MLP", "cnn": "CNN", "resnet": "ResNet", "vit": "transformer"}
+KINDS = {"mlp": "MLP", "cnn": "CNN", "resnet": "ResNet", "transformer": "transformer"}
 NUM_TEST = 10_000
+CONTEXT = 32
+"""Characters from which the transformer tells the next one."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images (samples, 1, 14, 14) and classes.
+    """Images (samples, 1, 14, 14) or characters (samples, 32), and classes.
 
     Attributes:
         train: To train on, and to measure on.
@@ -65,11 +68,26 @@ class Trained:
 
 @cache
 def data_of(name: str, num_train: int, folder: Path = FOLDER) -> Data:
-    """Return Fashion-MNIST from a folder, or the digits in a black frame, read once per process."""
+    """Return data, read once per process: Fashion-MNIST from a folder, the digits in a black frame, or text.
+
+    Args:
+        name: ``"fashion"``, ``"digits"``, or ``"sources"``: pieces of the standard library's sources and the characters
+            that follow them.
+        num_train: Training samples. Those of the text are spread over its first three quarters, those to test on over
+            the last.
+        folder: Of Fashion-MNIST.
+
+    Returns:
+        The data.
+    """
+    if name == "sources":
+        text = standard_library()
+        border = 3 * len(text) // 4
+        return Data(pieces(text[:border], num_train), pieces(text[border:], NUM_TEST))
     if name == "fashion":
         return Data(fashion.images(num_train, folder), fashion.images_to_test(NUM_TEST, num_train, folder))
     if name != "digits":
-        raise ValueError(f"Expected the data to be 'fashion' or 'digits', got {name!r}.")
+        raise ValueError(f"Expected the data to be 'fashion', 'digits' or 'sources', got {name!r}.")
     data = DigitsDataModule()
     (x, y), (x_test, y_test) = data.train_set.tensors, data.test_set.tensors
     return Data((framed(x[:num_train]), y[:num_train]), (framed(x_test), y_test))
@@ -78,6 +96,14 @@ def data_of(name: str, num_train: int, folder: Path = FOLDER) -> Data:
 def framed(x: Tensor) -> Tensor:
     """Return images of 8x8 pixels in a frame of their lowest value, 14x14."""
     return F.pad(x, (3, 3, 3, 3), value=float(x.min()))
+
+
+def pieces(text: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Return evenly spaced pieces of a text, in random order, and the character that follows each."""
+    starts = torch.linspace(0, len(text) - CONTEXT - 1, num).long()
+    order = torch.randperm(num, generator=torch.Generator().manual_seed(0))
+    found = text.unfold(0, CONTEXT + 1, 1)[starts[order]]
+    return found[:, :-1].contiguous(), found[:, -1].contiguous()
 
 
 class Block(nn.Module):
@@ -97,28 +123,28 @@ class Block(nn.Module):
         return torch.relu(self.norm2(self.conv2(h)) + self.skip(x))
 
 
-class VisionTransformer(nn.Module):
-    """One layer of attention over 16 patches of 4x4 pixels, the images in a frame of one pixel."""
+class TextTransformer(nn.Module):
+    """One layer of attention over characters, and the next one from what it makes of the last."""
 
     def __init__(self, size: int = 24, num_heads: int = 3) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(1, size, 4, 4, padding=1)
-        self.positions = nn.Parameter(0.1 * torch.randn(16, size))
+        self.characters = nn.Embedding(128, size)
+        self.positions = nn.Parameter(0.1 * torch.randn(CONTEXT, size))
         layer = nn.TransformerEncoderLayer(size, num_heads, 2 * size, 0.0, batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-        self.head = nn.Linear(size, 10)
+        self.head = nn.Linear(size, 128)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.patches(x).flatten(2).mT + self.positions
-        logits: Tensor = self.head(self.layers(h).mean(dim=1))
+        h = self.characters(x) + self.positions
+        logits: Tensor = self.head(self.layers(h)[:, -1])
         return logits
 
 
 def network(kind: str) -> nn.Module:
-    """Return a network with new weights for images of 14x14 pixels in 10 classes.
+    """Return a network with new weights for images of 14x14 pixels in 10 classes, or for text.
 
     Args:
-        kind: ``"mlp"``, ``"cnn"``, ``"resnet"`` (with BatchNorm) or ``"vit"``.
+        kind: ``"mlp"``, ``"cnn"``, ``"resnet"`` (with BatchNorm) or, for text, ``"transformer"``.
 
     Returns:
         The network.
@@ -136,8 +162,8 @@ def network(kind: str) -> nn.Module:
     if kind == "resnet":
         stem = nn.Conv2d(1, 8, 3, 2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
         return nn.Sequential(*stem, Block(8, 16, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-    if kind == "vit":
-        return VisionTransformer()
+    if kind == "transformer":
+        return TextTransformer()
     raise ValueError(f"Expected `kind` to be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
 
 

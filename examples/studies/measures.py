@@ -39,7 +39,7 @@ TOL = 1e-2
 NUM_PRODUCTS = 12
 NUM_DRAWS = 20
 NUM_STEPS = 10
-ALL_KINDS = ("mlp", "cnn", "resnet", "vit")
+ALL_KINDS = ("mlp", "cnn", "resnet", "transformer")
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,12 @@ MEASURES = {
     "element": Measure("lambda_max, element", lambda: TopEigenvalues(geometry="element", tol=TOL)),
     "path_norm": Measure("PSI sharpness, path_norm", lambda: PSISharpness(geometry="path_norm", tol=TOL)),
     "path": Measure("PSI sharpness, path", lambda: PSISharpness(geometry="path", tol=TOL)),
-    "attention": Measure("lambda_max, attention", lambda: TopEigenvalues(geometry="attention", tol=TOL), ("vit",)),
-    "optimizer": Measure("lambda_max, optimizer", lambda: TopEigenvalues(geometry="optimizer", tol=TOL), ("vit",)),
+    "attention": Measure(
+        "lambda_max, attention", lambda: TopEigenvalues(geometry="attention", tol=TOL), ("transformer",)
+    ),
+    "optimizer": Measure(
+        "lambda_max, optimizer", lambda: TopEigenvalues(geometry="optimizer", tol=TOL), ("transformer",)
+    ),
     "lambda_min": Measure("-lambda_min", lambda: TopEigenvalues(which="SA", tol=0.1), sign=-1),
     "trace": Measure("Hessian trace", lambda: HessianTrace(num_products=NUM_PRODUCTS)),
     "worst_case": Measure("worst case, rho 0.05", lambda: WorstCaseSharpness(rho=0.05, num_steps=NUM_STEPS)),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from four_kinds import Block, VisionTransformer
+from four_kinds import Block, TextTransformer
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -51,7 +51,7 @@ class Hidden:
 
 def hidden_layers(module: nn.Module) -> list[Hidden]:
     """Return the layers of hidden ReLU units of a network of ``four_kinds``; of a residual block those within it."""
-    if isinstance(module, VisionTransformer):
+    if isinstance(module, TextTransformer):
         layers = [cast(nn.TransformerEncoderLayer, layer) for layer in module.layers.layers]
         return [Hidden([*layer.linear1.parameters()], [], layer.linear2.weight) for layer in layers]
     blocks = [part for part in module.modules() if isinstance(part, Block)]
@@ -97,11 +97,11 @@ def change_bases(module: nn.Module, generator: torch.Generator) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[nn.Module, torch.Generator], None], tuple[str, ...]]] = {
-    "layers": (rescale_layers, ("mlp", "cnn", "resnet", "vit")),
-    "units": (rescale_units, ("mlp", "cnn", "resnet", "vit")),
-    "order": (reorder_units, ("mlp", "cnn", "resnet", "vit")),
+    "layers": (rescale_layers, ("mlp", "cnn", "resnet", "transformer")),
+    "units": (rescale_units, ("mlp", "cnn", "resnet", "transformer")),
+    "order": (reorder_units, ("mlp", "cnn", "resnet", "transformer")),
     "filters": (rescale_filters, ("resnet",)),
-    "heads": (change_bases, ("vit",)),
+    "heads": (change_bases, ("transformer",)),
 }
 """By a name: what is changed, and in which kinds of networks there is such a thing."""
 

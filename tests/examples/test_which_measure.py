@@ -17,7 +17,7 @@ from scipy import stats
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "examples" / "studies"
 RESULTS = STUDIES / "results"
-KINDS = ("mlp", "cnn", "resnet", "vit")
+KINDS = ("mlp", "cnn", "resnet", "transformer")
 
 
 pytestmark = pytest.mark.usefixtures("import_path_of_studies")
@@ -27,6 +27,18 @@ pytestmark = pytest.mark.usefixtures("import_path_of_studies")
 def images():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(40, 1, 14, 14, generator=generator), torch.randint(0, 10, (40,), generator=generator)
+
+
+@pytest.fixture
+def samples(images):
+    """Return 40 samples for a kind of network."""
+
+    def of_kind(kind):
+        from four_kinds import data_of
+
+        return data_of("sources", 40).train if kind == "transformer" else images
+
+    return of_kind
 
 
 def network(kind, seed=0):
@@ -42,9 +54,9 @@ def network(kind, seed=0):
 @pytest.mark.parametrize(
     ("kind", "change"),
     [*((kind, change) for kind in KINDS for change in ("layers", "units", "order")), ("resnet", "filters"),
-     ("vit", "heads")],
+     ("transformer", "heads")],
 )  # fmt: skip
-def test_changes_leave_the_function_and_move_the_weights(kind, change, images):
+def test_changes_leave_the_function_and_move_the_weights(kind, change, samples):
     from rescaling import CHANGES, changed
 
     module = network(kind).train()
@@ -52,7 +64,7 @@ def test_changes_leave_the_function_and_move_the_weights(kind, change, images):
     before = [p.detach().clone() for p in module.parameters()]
     other = changed(module, change)
     with torch.no_grad():
-        outputs, after = module(images[0]), other(images[0])
+        outputs, after = (net(samples(kind)[0]) for net in (module, other))
     assert float((outputs - after).abs().max()) < 1e-3 * float(outputs.abs().max())
     moved = [float((p - q.detach()).abs().max()) for p, q in zip(before, other.parameters(), strict=True)]
     assert max(moved) > 0.05
@@ -62,10 +74,30 @@ def test_changes_leave_the_function_and_move_the_weights(kind, change, images):
 def test_networks_and_data_have_names():
     from four_kinds import data_of, network
 
-    with pytest.raises(ValueError, match="Expected `kind` to be one of 'mlp', 'cnn', 'resnet', 'vit', got 'lstm'"):
+    with pytest.raises(
+        ValueError, match="Expected `kind` to be one of 'mlp', 'cnn', 'resnet', 'transformer', got 'lstm'"
+    ):
         network("lstm")
-    with pytest.raises(ValueError, match="Expected the data to be 'fashion' or 'digits', got 'imagenet'"):
+    with pytest.raises(ValueError, match="Expected the data to be 'fashion', 'digits' or 'sources', got 'imagenet'"):
         data_of("imagenet", 100)
+
+
+def test_text_is_that_of_the_standard_library_and_what_follows():
+    import sysconfig
+
+    from four_kinds import CONTEXT, NUM_TEST, data_of
+
+    data = data_of("sources", 500)
+    first = Path(sysconfig.get_path("stdlib"), "__future__.py").read_text()
+    pieces = ["".join(map(chr, piece)) for piece in data.train[0].tolist()]
+    known = [i for i, piece in enumerate(pieces) if piece in first]
+    assert len(known) >= 5
+    for i in known:
+        place = first.index(pieces[i]) + CONTEXT
+        assert first[place] == chr(data.train[1][i]), repr(pieces[i])
+    assert (len(data.train[0]), len(data.test[0])) == (500, NUM_TEST)
+    known_to_test = {tuple(piece) for piece in data.test[0].tolist()}
+    assert len({tuple(piece) for piece in data.train[0].tolist()} & known_to_test) <= 5  # such as rows of dashes
 
 
 def test_images_are_mirrored_and_shifted_by_one_pixel():
@@ -186,14 +218,14 @@ def test_measures_are_those_of_the_metrics_with_their_errors_and_cost(images):
         ("mlp", {"path_norm", "path", "minimum", "fisher", "balance"}),
         ("cnn", {"path_norm", "path", "minimum", "fisher", "balance"}),
         ("resnet", {"path_norm"}),
-        ("vit", {"fisher", "attention"}),
+        ("transformer", {"fisher", "attention"}),
     ],
 )
-def test_what_is_not_defined_is_left_out(kind, defined, images):
+def test_what_is_not_defined_is_left_out(kind, defined, samples):
     from measures import measure_all
 
     asked = ("path_norm", "path", "minimum", "fisher", "balance", "attention")
-    row = measure_all(network(kind), kind, images, 100, names=asked)
+    row = measure_all(network(kind), kind, samples(kind), 100, names=asked)
     assert {name for name in asked if name in row} == defined
 
 
@@ -318,7 +350,7 @@ def test_columns_beside_the_correlations():
     assert measured(models, "path") == []
 
     plain = {"setting": "mlp: changed weights", "kind": "mlp", "change": "none", "trace": 10.0, "trace_error": 0.5}
-    vit = plain | {"setting": "vit: changed weights", "kind": "vit"}
+    vit = plain | {"setting": "transformer: changed weights", "kind": "transformer"}
     others = [plain | {"change": "layers", "trace": 10.05}, plain | {"change": "units", "trace": 30.0},
               plain | {"change": "order", "trace": 11.0}, vit | {"change": "layers", "trace": 9.99}]  # fmt: skip
     assert survives([plain, vit, *others], "trace") == ["layers", "order?"]
