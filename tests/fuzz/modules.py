@@ -88,6 +88,22 @@ class Convolutional(nn.Module):
         return self.out(x.flatten(1))
 
 
+class ChannelsLast(nn.Module):
+    """Weights, activations and gradients lie in memory channel by channel of a pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 2, padding=1)
+        self.second = nn.Conv2d(4, 3, 2)
+        self.norm = nn.BatchNorm2d(3)
+        self.out = nn.Linear(12, NUM_HIDDEN)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = x.view(-1, 1, 2, 2).to(memory_format=torch.channels_last)
+        return self.out(self.norm(self.second(F.relu(self.first(images)))).flatten(1))
+
+
 class Embedded(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -200,6 +216,7 @@ middle("traced_layer", _traced, slot=_SCRIPT, reference=False)
 middle("scripted_attributes", _scripted_attributes, slot=_SCRIPT, reference=False)
 middle("scripted_batch_norm", _scripted_norm, slot=_SCRIPT, reference=False)
 encoder("convolution", Convolutional)
+encoder("channels_last", ChannelsLast)
 encoder("lstm", lambda: Recurrent(nn.LSTM), slot=("encoder", "precision"))
 encoder("gru", lambda: Recurrent(nn.GRU), slot=("encoder", "precision"))
 encoder("stateful_rnn", StatefulRecurrent, reference=False, slot=("encoder", "precision"))
@@ -224,6 +241,15 @@ add(
     type("NormAll", (Base,), {"make_middle": lambda self: [nn.BatchNorm1d(NUM_HIDDEN), nn.Dropout(0.2)]}),
     kinds=("monitor",),
     monitor={"metrics": "all", "mode": "train"},
+)
+
+
+add(
+    "channels_last_all",
+    type("ChannelsLastAll", (Base,), {"make_encoder": lambda self: ChannelsLast()}),
+    slot="encoder",
+    kinds=("monitor",),
+    monitor={"metrics": "all"},
 )
 
 

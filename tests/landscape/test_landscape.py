@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections import OrderedDict
@@ -21,7 +22,7 @@ from helpers.problems import all_problems, cross_entropy, make_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_flatness import LossLandscape, TopEigenvalues
+from lightning_flatness import LossLandscape, OutputLoss, TopEigenvalues
 from lightning_flatness.landscape.engines.second_derivatives import NotTwiceDifferentiableError
 
 
@@ -471,3 +472,25 @@ def test_the_loss_of_a_step_that_takes_a_gradient_itself():
     value, _ = landscape.loss_and_gradient()
     torch.testing.assert_close(landscape.loss(), value)
     assert not landscape.loss().requires_grad
+
+
+@pytest.mark.parametrize("geometry", ["euclidean", "element", "filter", "path_norm"])
+def test_memory_format_of_the_weights_changes_nothing(geometry):
+    """A network in channels-last has its weights strided, and its gradients are: same values, element by element."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
+    module = nn.Sequential(*layers).double()
+    strided = copy.deepcopy(module).to(memory_format=torch.channels_last)
+    batch = torch.randn(16, 3, 6, 6, dtype=torch.float64), torch.randint(0, 5, (16,))
+    values, gradients = [], []
+    for network in (module, strided):
+        landscape = LossLandscape(network, [batch], OutputLoss(F.cross_entropy))
+        metric = TopEigenvalues(geometry=geometry, tol=1e-6)
+        metric.update(landscape)
+        values.append(float(metric.compute()))
+        with landscape.measurement():
+            gradients.append(landscape.gradient())
+    assert not strided[2].weight.is_contiguous()
+    assert values[1] == pytest.approx(values[0], rel=1e-9)
+    for gradient, same in zip(*gradients, strict=True):
+        torch.testing.assert_close(same, gradient)
