@@ -81,7 +81,7 @@ def text_of(rows: list[Row], models: list[Row], title: str) -> str:
 
 
 def main() -> None:
-    args = parse_arguments(__doc__, NAME, num_seeds=5, fashion=True)
+    args = parse_arguments(__doc__, NAME, num_seeds=8, fashion=True)
     size = QUICK if args.quick else FULL
     runs = runs_of(size.settings(), args.seeds)
     found = finish(runs, args.out, args.workers, partial(train_and_measure, data_dir=args.data_dir, device=args.device))

@@ -13,7 +13,19 @@ from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from measures import MEASURES
 from rank_correlation import effect
-from report import VERDICT_HEADER, dots, figure, log_values, markdown_table, mean, tally, values, verdict_line
+from report import (
+    VERDICT_HEADER,
+    dots,
+    figure,
+    log_values,
+    markdown_table,
+    mean,
+    outlook,
+    outlook_of_models,
+    tally,
+    values,
+    verdict_line,
+)
 from study import Row
 from style import COLOURS, in_order, save, tidy
 from verdicts import Claim, Effect, difference, judge, ratio
@@ -60,9 +72,13 @@ def kinds_of(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------------------ verdicts
 
 
-def pair_lines(rows: Sequence[Row]) -> list[list[str]]:
-    """Judge what differs between both settings: the one of large PSI sharpness over (or minus) the other."""
-    pairs, lines = part(rows, "pair"), []
+Judged = tuple[Claim, str, Effect]
+"""A claim, where it is looked at, and the effect there."""
+
+
+def pair_claims(rows: Sequence[Row]) -> list[Judged]:
+    """Return what differs between both settings: the one of large PSI sharpness over (or minus) the other."""
+    pairs, found = part(rows, "pair"), []
     for kind, (small, large) in kinds_of(rows).items():
         where = f"{KINDS[kind]}: {large.split(': ')[1]} against {small.split(': ')[1]}"
 
@@ -71,19 +87,19 @@ def pair_lines(rows: Sequence[Row]) -> list[list[str]]:
             a, b = (values(pairs, name, point, column) for name in names)
             return a, b
 
-        lines += [verdict_line(claim, where, ratio(*both(column))) for column, claim in RATIOS.items()]
-        lines.append(verdict_line(LESS_ACCURATE, where, difference(*both("test_accuracy"), unit=" %")))
-        lines.append(verdict_line(MORE_LOSS, where, difference(*both("test_loss"))))
-    return lines
+        found += [(claim, where, ratio(*both(column))) for column, claim in RATIOS.items()]
+        found.append((LESS_ACCURATE, where, difference(*both("test_accuracy"), unit=" %")))
+        found.append((MORE_LOSS, where, difference(*both("test_loss"))))
+    return found
 
 
-def bound_lines(rows: Sequence[Row]) -> list[list[str]]:
-    """Judge whether the bound exceeds what it bounds: right side minus left side."""
-    lines = []
+def bound_claims(rows: Sequence[Row]) -> list[Judged]:
+    """Return whether the bound exceeds what it bounds: right side minus left side."""
+    found = []
     for setting, group in bound_groups(rows).items():
         right, left = ({row["seed"]: row[name] for row in group} for name in ("bound", "noisy_test_error"))
-        lines.append(verdict_line(BOUNDED, setting, difference(right, left, " %")))
-    return lines
+        found.append((BOUNDED, setting, difference(right, left, " %")))
+    return found
 
 
 def bound_groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -131,46 +147,48 @@ def chains(models: Sequence[Row]) -> list[Row]:
     return measured(models_of(models), "path", "balance")
 
 
-def order_lines(models: Sequence[Row]) -> list[list[str]]:
-    """Judge for every measure and gap whether it orders chains of the same kind."""
+def order_claims(models: Sequence[Row]) -> list[Judged]:
+    """Return for every measure and gap whether it orders chains of the same kind."""
     chosen = chains(models)
     return [
-        verdict_line(ORDERS, f"{MEASURES[name].title}; {label}", correlation(chosen, name, gap, within=True))
+        (ORDERS, f"{MEASURES[name].title}; {label}", correlation(chosen, name, gap, within=True))
         for gap, label in GAPS.items()
         for name in ORDERED
     ]
 
 
-def advantage_lines(models: Sequence[Row]) -> list[list[str]]:
-    """Judge whether measures of basis paths order them better than measures that need no paths."""
-    chosen, lines = chains(models), []
+def advantage_claims(models: Sequence[Row]) -> list[Judged]:
+    """Return whether measures of basis paths order them better than measures that need no paths."""
+    chosen, found = chains(models), []
     num_settings = len({model["setting"] for model in chosen})
     for gap, label in GAPS.items():
         for name, claim in BETTER.items():
             for other in OTHERS:
                 a, b = (resampled(chosen, measure, gap, within=True) for measure in (name, other))
-                lines.append(
-                    verdict_line(
-                        claim, f"than {MEASURES[other].title}; {label}", effect(a - b, len(chosen), num_settings)
-                    )
-                )
-    return lines
+                where = f"than {MEASURES[other].title}; {label}"
+                found.append((claim, where, effect(a - b, len(chosen), num_settings)))
+    return found
 
 
 def verdict_lines(rows: Sequence[Row], models: Sequence[Row]) -> list[list[str]]:
     """Return the lines of all tables of verdicts, in their order."""
-    return pair_lines(rows) + bound_lines(rows) + order_lines(models) + advantage_lines(models)
+    claims = pair_claims(rows) + bound_claims(rows) + order_claims(models) + advantage_claims(models)
+    return [verdict_line(*claim) for claim in claims]
 
 
 def tables(rows: Sequence[Row], models: Sequence[Row]) -> str:
     """Return the page from the tally of verdicts on."""
     text = f"{tally(verdict_lines(rows, models))}\n\n**Two models**, large over (or minus) small PSI sharpness:\n\n"
-    text += markdown_table(VERDICT_HEADER, pair_lines(rows))
+
+    def table(claims: Sequence[Judged], header: Sequence[str] = VERDICT_HEADER) -> str:
+        return markdown_table(header, [verdict_line(*claim) for claim in claims])
+
+    text += table(pair_claims(rows)) + "\n" + outlook(pair_claims(rows))
     least = [row["bound"] for row in part(rows, "pair") if row.get("bound") is not None]
     if least:
         text += f"\nFor these networks the bound below is at least {min(least):.1f} %, whatever their errors.\n"
     text += "\n**The bound**: means over seeds, then right side minus left side, then every network.\n\n"
-    text += markdown_table(BOUND_HEADER, bound_cells(rows)) + "\n" + markdown_table(VERDICT_HEADER, bound_lines(rows))
+    text += markdown_table(BOUND_HEADER, bound_cells(rows)) + "\n" + table(bound_claims(rows))
     text += "\n" + markdown_table(("networks", "seed", "left side", "right side", "inequality"), each_network(rows))
     left_out = sum(not row["applies"] for row in part(rows, "bound"))
     text += f"\nThe bound does not apply to {left_out} of {len(part(rows, 'bound'))} networks.\n"
@@ -178,8 +196,9 @@ def tables(rows: Sequence[Row], models: Sequence[Row]) -> str:
     text += (
         "\n**The order** of the MLPs and CNNs of `which_measure.py`: Kendall's tau within kinds, then differences.\n\n"
     )
-    text += markdown_table(header, order_lines(models)) + "\n" + markdown_table(header, advantage_lines(models))
-    return text
+    order, advantage = order_claims(models), advantage_claims(models)
+    text += table(order, header) + "\n" + table(advantage, header)
+    return f"{text}\n{outlook_of_models(order + advantage)}\n"
 
 
 # ------------------------------------------------------------------------------------------------------------- figures

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from study import Row
-from verdicts import Claim, Effect, Verdict, judge, seeds_to_decide
+from verdicts import Claim, Effect, Verdict, judge, models_to_decide, seeds_to_decide
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # shared helpers
 from style import draw_band, new_figure, set_fonts
@@ -82,6 +82,22 @@ def outlook(claims: Iterable[tuple[Claim, str, Effect]]) -> str:
     if not sentences:
         return ""
     return "If mean and scatter over seeds stay as they are:\n\n" + "\n".join(sentences) + "\n"
+
+
+def outlook_of_models(claims: Iterable[tuple[Claim, str, Effect]]) -> str:
+    """Return a sentence on each claim on a rank correlation that is undecided: how many more models would decide it."""
+    sentences = []
+    for claim, where, effect in claims:
+        num = models_to_decide(effect, "above")
+        if num is None:
+            sentences.append(f"- {claim.text}, {where}: no number up to 1,000 models would decide.")
+        elif num > effect.num:
+            sentences.append(f"- {claim.text}, {where}: about {num - effect.num} more models would decide.")
+    if not sentences:
+        return ""
+    return "If tau stays as it is and its interval shrinks with the root of the number of models:\n\n" + "\n".join(
+        sentences
+    )
 
 
 def tally(lines: Iterable[Sequence[str]]) -> str:

@@ -107,6 +107,25 @@ def seeds_to_decide(effect: Effect, direction: Direction, margin: float = math.n
     return None
 
 
+def models_to_decide(effect: Effect, direction: Literal["above", "below"], *, most: int = 1000) -> int | None:
+    """Return how many models would decide, if the estimate stayed as it is and its interval shrank with their root.
+
+    Args:
+        effect: With an interval from a bootstrap, such as a rank correlation.
+        direction: See :class:`Claim`.
+        most: Where to stop.
+
+    Returns:
+        The number of models in all, about; None if it is above ``most``, or there is no interval.
+    """
+    if judge(effect, direction) != "undecided":
+        return effect.num
+    to_zero = effect.estimate - effect.low if effect.estimate > 0 else effect.high - effect.estimate
+    if not math.isfinite(to_zero) or effect.num * to_zero**2 >= most * effect.estimate**2:
+        return None
+    return math.floor(effect.num * (to_zero / effect.estimate) ** 2) + 1
+
+
 def all_of(verdicts: Sequence[Verdict]) -> Verdict:
     """Return the verdict on a claim that needs every one of its parts."""
     if "does not" in verdicts:

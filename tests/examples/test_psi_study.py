@@ -153,7 +153,7 @@ def test_verdicts_follow_from_the_numbers(sharper, accuracy, bound, verdict, vio
     import psi_report as report
 
     rows = made_up(sharper, accuracy, bound)
-    lines = report.pair_lines(rows) + report.bound_lines(rows)
+    lines = [report.verdict_line(*claim) for claim in report.pair_claims(rows) + report.bound_claims(rows)]
     assert len(lines) == 7 + 1
     assert {line[-1] for line in lines} == {f"**{verdict}**"}
     assert {line[1] for line in lines[:7]} == {"MLP: b against a"}
@@ -162,6 +162,7 @@ def test_verdicts_follow_from_the_numbers(sharper, accuracy, bound, verdict, vio
     text = report.tables(rows, report_models())
     assert "is at least 99.9 %, whatever their errors" in text
     assert "does not apply to 1 of 4 networks" in text
+    assert "more models would decide." in text.split("**The order**")[1]
 
 
 def report_models():
@@ -176,16 +177,16 @@ def test_order_is_that_of_the_chains_of_the_study_of_measures():
     chosen = report.chains(report_models())
     assert len(chosen) == 32
     assert {model["kind"] for model in chosen} == {"mlp", "cnn"}
-    lines = {tuple(line[:2]): line for line in report.order_lines(report_models())}
-    assert len(lines) == 2 * len(report.ORDERED)
+    effects = {(claim.text, where): effect for claim, where, effect in report.order_claims(report_models())}
+    assert len(effects) == 2 * len(report.ORDERED)
     agreeing = 0  # Kendall's tau within kinds by plain loops
     for a, b in itertools.combinations([m for m in chosen if m["kind"] == "mlp"], 2):
         agreeing += np.sign(a["path"] - b["path"]) * np.sign(a["loss_gap"] - b["loss_gap"])
     for a, b in itertools.combinations([m for m in chosen if m["kind"] == "cnn"], 2):
         agreeing += np.sign(a["path"] - b["path"]) * np.sign(a["loss_gap"] - b["loss_gap"])
-    line = lines[report.ORDERS.text, "PSI sharpness, path; test - train loss"]
-    assert line[2] == f"{agreeing / (2 * 16 * 15 / 2):+.2f}"
-    assert len(report.advantage_lines(report_models())) == 2 * 2 * 2
+    effect = effects[report.ORDERS.text, "PSI sharpness, path; test - train loss"]
+    assert effect.estimate == pytest.approx(agreeing / (2 * 16 * 15 / 2))
+    assert len(report.advantage_claims(report_models())) == 2 * 2 * 2
 
 
 def test_pictures_say_what_they_show(tmp_path, monkeypatch):

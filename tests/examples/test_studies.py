@@ -73,6 +73,17 @@ def test_equivalence_needs_a_margin():
         judge(effect(-0.1, 0.1), "within")
 
 
+def test_models_that_would_decide_a_rank_correlation():
+    from verdicts import Effect, models_to_decide
+
+    assert models_to_decide(Effect(0.2, -0.2, 0.5, 32), "above") == 4 * 32 + 1
+    assert models_to_decide(Effect(-0.2, -0.3, 0.2, 32), "above") == 4 * 32 + 1  # then it would be "does not"
+    assert models_to_decide(Effect(0.2, 0.1, 0.5, 32), "above") == 32
+    assert models_to_decide(Effect(0.02, -0.5, 0.5, 32), "above") is None
+    assert models_to_decide(Effect(0.0, -0.5, 0.5, 32), "above") is None
+    assert models_to_decide(Effect(math.nan, -math.inf, math.inf, 1), "above") is None
+
+
 def test_verdicts_on_several_parts():
     from verdicts import all_of, not_all_of
 
