@@ -240,7 +240,9 @@ def range_of(group: list[float], *, log: bool) -> tuple[float, float, float]:
 def text_of(rows: list[Row], size: Size, title: str) -> str:
     """Return all of the page but where its numbers come from."""
     lines = verdict_lines(rows, size)
+    rhos = "; ".join(f"{name}: {options['rho']:g}" for name, options in METHODS.items() if "rho" in options)
     text = f"{title}. Effects are those of a method over (or minus) SGD, paired by seed. {tally(lines)}\n\n"
+    text += f"rho, not tuned: {rhos}.\n\n"
     text += "lambda_max differs from SGD's, by these factors:\n\n" + "\n".join(answer(rows, size)) + "\n\n"
     text += markdown_table(VERDICT_HEADER, lines)
     text += "\nMeans and standard deviations over seeds (geometric ones of losses and curvatures):\n\n"
