@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # shared helpers
 import fashion_mnist
 from to_accuracy import AccuracyRecipe, Data, SgdModule, ShuffledBatches, data_of, landscape_of
-from training import loss_and_accuracy, placed_on
+from training import finite, loss_and_accuracy, trainer_of
 
 from lightning_flatness import InvariantSharpness, SharpnessAwareMinimization, TopEigenvalues
 from lightning_flatness.sam.ascent import Ascent
@@ -160,20 +159,7 @@ def train_and_measure(
     monitor = PriceMonitor(recipe, data, sam)
     pl.seed_everything(seed, verbose=False)
     module = SgdModule(recipe, data.pixels)
-    trainer = pl.Trainer(
-        max_epochs=recipe.max_epochs,
-        **placed_on(device),
-        callbacks=[*sam, monitor],
-        logger=TensorBoardLogger(folder.parent.parent, name=folder.parent.name, version=folder.name),
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    trainer = trainer_of(folder, [*sam, monitor], device, max_epochs=recipe.max_epochs)
     trainer.fit(module, ShuffledBatches(data.train, recipe.batch_size))
     place = {"setting": setting, "seed": seed}
-    return [place | {k: _number(v) for k, v in row.items()} for row in monitor.rows]
-
-
-def _number(value: Any) -> Any:
-    """Return None for what JSON does not know."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return [place | {k: finite(v) for k, v in row.items()} for row in monitor.rows]

@@ -18,14 +18,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # shared helpers
 import fashion_mnist
 from digits import DigitsDataModule
-from training import loss_and_accuracy, placed_on, standardised_fashion
+from training import finite, loss_and_accuracy, standardised_fashion, trainer_of
 
 from lightning_flatness import LossLandscape, SharpnessAwareMinimization, TopEigenvalues
 from lightning_flatness.estimators import top_eigenvalues
@@ -205,15 +204,8 @@ def train_and_measure(
     until = UntilAccuracy(data.train, recipe.accuracy)
     pl.seed_everything(seed, verbose=False)
     module = SgdModule(recipe, data.pixels)
-    trainer = pl.Trainer(
-        max_epochs=recipe.max_epochs,
-        **placed_on(device),
-        callbacks=[until, *([SharpnessAwareMinimization(rho=recipe.rho)] if recipe.rho else [])],
-        logger=TensorBoardLogger(folder.parent.parent, name=folder.parent.name, version=folder.name),
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    callbacks = [until, *([SharpnessAwareMinimization(rho=recipe.rho)] if recipe.rho else [])]
+    trainer = trainer_of(folder, callbacks, device, max_epochs=recipe.max_epochs)
     trainer.fit(module, ShuffledBatches(data.train, recipe.batch_size))
     module.to(device)
     row: dict[str, Any] = {"setting": setting, "seed": seed, "point": f"accuracy={recipe.accuracy:g}"}
@@ -230,7 +222,7 @@ def train_and_measure(
         for logger in trainer.loggers:
             logger.log_metrics({"flatness/lambda_max": row["lambda_max"]}, step=trainer.global_step)
             logger.finalize("success")
-    return [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}]
+    return [{k: finite(v) for k, v in row.items()}]
 
 
 def curvature(module: SgdModule, recipe: AccuracyRecipe, data: Data) -> dict[str, Any]:

@@ -152,6 +152,19 @@ def placed_on(device: str) -> dict[str, Any]:
     return {"accelerator": place.type, "devices": 1 if place.index is None else [place.index]}
 
 
+def trainer_of(folder: Path, callbacks: list[pl.Callback], device: str, **options: Any) -> pl.Trainer:
+    """Return a quiet Trainer on a device that logs for TensorBoard into a folder."""
+    return pl.Trainer(
+        **placed_on(device),
+        callbacks=callbacks,
+        logger=TensorBoardLogger(folder.parent.parent, name=folder.parent.name, version=folder.name),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        **options,
+    )
+
+
 class PointsMonitor(FlatnessMonitor):
     """Measures flatness, losses and accuracies at the points of a recipe, and stops training after the last."""
 
@@ -245,15 +258,12 @@ def train_and_measure(
     data = data_of(recipe, data_dir)
     monitor = PointsMonitor(recipe, data)
     pl.seed_everything(seed, verbose=False)
-    trainer = pl.Trainer(
+    trainer = trainer_of(
+        folder,
+        [monitor, *([SharpnessAwareMinimization(rho=recipe.rho)] if recipe.rho else [])],
+        device,
         max_epochs=-1,
         max_steps=recipe.max_steps,
-        **placed_on(device),
-        callbacks=[monitor, *([SharpnessAwareMinimization(rho=recipe.rho)] if recipe.rho else [])],
-        logger=TensorBoardLogger(folder.parent.parent, name=folder.parent.name, version=folder.name),
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
         num_sanity_val_steps=0,
         accumulate_grad_batches=recipe.parts,
         check_val_every_n_epoch=-(-100 * recipe.batch_size // len(data.train_set)),
@@ -261,9 +271,9 @@ def train_and_measure(
     )
     trainer.fit(RecipeModule(recipe, data.train_set[0][0].shape[-1]), data)
     place = {"setting": setting, "seed": seed}
-    return [place | {k: _number(v) for k, v in row.items()} for row in monitor.rows]
+    return [place | {k: finite(v) for k, v in row.items()} for row in monitor.rows]
 
 
-def _number(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return None for what JSON does not know: a diverged run has no numbers."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
