@@ -45,7 +45,8 @@ class Claim:
         text: The claim in words.
         direction: ``"above"`` or ``"below"`` no effect; ``"apart"``: on either side of it; ``"within"``: no farther
             from it than a margin.
-        margin: How far from no effect still counts as none, chosen before looking; of a ratio: a ratio.
+        margin: How far from no effect still counts as none, chosen before looking; of a ratio: a ratio. With one, an
+            effect ``"above"`` or ``"below"`` that is certainly no larger "does not" hold.
     """
 
     text: str
@@ -59,7 +60,7 @@ def judge(effect: Effect, direction: Direction, margin: float = math.nan) -> Ver
     Args:
         effect: With its interval. Without numbers (nan) nothing is decided.
         direction: Where the claim says that the effect is; see :class:`Claim`.
-        margin: For ``"apart"`` and ``"within"``; see :class:`Claim`.
+        margin: Needed for ``"apart"`` and ``"within"``; see :class:`Claim`.
 
     Returns:
         The verdict.
@@ -71,11 +72,12 @@ def judge(effect: Effect, direction: Direction, margin: float = math.nan) -> Ver
     if effect.unit == "x":
         low, high = (math.log(v) if v != 0 else -math.inf for v in (low, high))
         margin = math.log(margin)
+    near = -margin < low and high < margin
     if direction in ("above", "below"):
         inside, outside = (low > 0, high < 0) if direction == "above" else (high < 0, low > 0)
+        inside, outside = inside and not near, outside or near
     elif margin > 0:
-        apart, near = low > 0 or high < 0, -margin < low and high < margin
-        far = low > margin or high < -margin
+        apart, far = low > 0 or high < 0, low > margin or high < -margin
         inside, outside = (apart and not near, near) if direction == "apart" else (near, far)
     else:
         raise ValueError(f"Expected a margin for a claim of {direction!r}, got {margin}. Choose one before looking.")

@@ -66,6 +66,17 @@ def test_equivalence_and_difference(low, high, within, apart):
     assert judge(as_ratio, "apart", math.exp(0.5)) == apart
 
 
+def test_what_is_certainly_too_little_does_not_hold():
+    from verdicts import judge
+
+    too_little, maybe, enough = effect(0.1, 0.4), effect(0.1, 0.9), effect(0.6, 0.9)
+    assert [judge(e, "above", 0.5) for e in (too_little, maybe, enough)] == ["does not", "holds here", "holds here"]
+    assert [judge(e, "below", 0.5) for e in (too_little, maybe, enough)] == ["does not"] * 3
+    assert judge(effect(-0.2, 0.4), "above", 0.5) == judge(effect(-0.4, 0.2), "below", 0.5) == "does not"
+    assert judge(effect(-0.2, 0.6), "above", 0.5) == judge(effect(-0.6, 0.2), "below", 0.5) == "undecided"
+    assert judge(effect(-0.9, -0.1), "below", 0.5) == "holds here"
+
+
 def test_equivalence_needs_a_margin():
     from verdicts import judge
 
