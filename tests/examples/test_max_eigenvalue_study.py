@@ -198,7 +198,7 @@ def as_in_the_paper():
             accuracy[study.sam(rho, size)] = accuracy[reference] + (2 if size == smallest else 1)
     for p in grid.dropouts:
         curvature[study.dropout(p)] = 1 - p
-        accuracy[study.dropout(p)] = 80 + (p if p <= grid.moderate_dropout else -p)
+        accuracy[study.dropout(p)] = 80 + 10 * (p if p <= grid.moderate_dropout else -p)
     for i, place in enumerate(grid.norm_places):
         curvature[study.convolutional(*place)] = 1.0
         curvature[study.batch_norm(*place)] = 0.5 if i else 2.0
@@ -234,6 +234,16 @@ def test_findings_fail_where_the_numbers_are_turned_around(as_in_the_paper):
     normalized = verdicts_of(map(study.written, same.batch_normalization()))
     assert normalized[:2] == ["the same"] * 2
     assert normalized[4] == "holds here"  # lambda_max is not smaller
+
+
+def test_less_than_half_a_point_is_no_help(as_in_the_paper):
+    study, grid, curvature, accuracy = as_in_the_paper
+    hardly = {name: 80 + 0.05 * (value - 80) for name, value in accuracy.items()}
+    findings = study.Findings(rows_of(study, grid, curvature, hardly), grid)
+    for table in findings.verdicts().values():
+        verdicts = {line[0]: line[-1].strip("*") for line in table if "accuracy" in line[0] or "less" in line[0]}
+        about_help = {verdict for claim, verdict in verdicts.items() if "help" in claim or "costs" in claim}
+        assert about_help <= {"does not"}
 
 
 def test_nothing_is_decided_without_runs(as_in_the_paper):
