@@ -6,8 +6,8 @@
 A Scale Invariant Flatness Measure for Deep Network Minima (arXiv 1902.02434) confirms with its measure, our
 ``InvariantSharpness``, that minima of large batches are sharper than those of small batches (its abstract). Its setting
 is ours: networks of ReLU without biases, five hidden layers of 512 units and LeNet, Adam with a learning rate of 1e-3,
-batches of 256 against batches of 10 % of the training set, and all 60,000 images. Cut is how far training goes: with
-large batches LeNet would take hours to come down to the loss at which the other network stops.
+batches of 256 against batches of 10 % of the training set, and all 60,000 images. Cut is how far training goes,
+LeNet's before all, whose large batches are slowest.
 
 A network is trained from the same initial weights with small and with large batches, which are compared in four ways:
 
