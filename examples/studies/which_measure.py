@@ -39,7 +39,7 @@ FULL = Recipe(
 QUICK = replace(FULL, points=("loss=0.5",), data="digits", num_train=500, measures=(
     "lambda_max", "element", "path_norm", "path", "fisher", "balance"))  # fmt: skip
 TEXT = {"fashion": (4000, 1.5), "digits": (500, 2.5)}
-"""Training samples and loss of the transformer, beside these images: it is too small to know so much text by heart."""
+"""Training samples and loss of the transformer, beside these images."""
 MAX_EPOCHS = 300
 
 LEARNING_RATES = {
