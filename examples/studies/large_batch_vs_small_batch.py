@@ -7,7 +7,7 @@ A Scale Invariant Flatness Measure for Deep Network Minima (arXiv 1902.02434) co
 ``InvariantSharpness``, that minima of large batches are sharper than those of small batches (its abstract). Its setting
 is ours: networks of ReLU without biases, five hidden layers of 512 units and LeNet, Adam with a learning rate of 1e-3,
 batches of 256 against batches of 10 % of the training set, and all 60,000 images. Cut is how far training goes,
-LeNet's before all, whose large batches are slowest.
+LeNet's more than the other's.
 
 A network is trained from the same initial weights with small and with large batches, which are compared in four ways:
 
@@ -50,7 +50,7 @@ from report import (
 from study import QUICK_DATA, Row, finish, parse_arguments, provenance, runs_of
 from style import COLOURS, in_order, save, tidy
 from training import Recipe, train_and_measure
-from verdicts import Claim, Effect, difference, mean_effect, ratio
+from verdicts import Claim, Effect, Judged, difference, mean_effect, ratio
 
 NAME = "large_batch_vs_small_batch"
 NETWORKS = {"fully_connected": "fully connected, 5 layers", "lenet": "LeNet"}
@@ -201,7 +201,7 @@ QUICK = Size(
 )
 
 
-def judged(rows: list[Row], size: Size) -> list[tuple[Claim, str, Effect]]:
+def judged(rows: list[Row], size: Size) -> list[Judged]:
     """Return every claim, where it is looked at, and the effect: large over (or minus) small batches, and slopes."""
     found = []
     for column, claim in CLAIMS.items():

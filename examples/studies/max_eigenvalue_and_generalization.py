@@ -47,13 +47,10 @@ from report import (
 from study import Row, finish, parse_arguments, provenance, runs_of
 from style import COLOURS, in_order, save, tidy
 from to_accuracy import train_and_measure
-from verdicts import Claim, Effect, Verdict, all_of, difference, judge, not_all_of, ratio
+from verdicts import Claim, Judged, Verdict, all_of, difference, judge, not_all_of, ratio
 
 NAME = "max_eigenvalue_and_generalization"
 SAME_ACCURACY, SAME_LAMBDA = 0.5, 1.25
-
-Judged = tuple[Claim, str, Effect]
-"""A claim, where it is looked at, and the effect there."""
 
 Lines = list[Judged | list[str]]
 """Of a table: claims, or lines whose verdict is made of several claims'."""

@@ -28,7 +28,7 @@ from report import (
 )
 from study import Row
 from style import COLOURS, in_order, save, tidy
-from verdicts import Claim, Effect, difference, judge, ratio
+from verdicts import Claim, Effect, Judged, difference, judge, ratio
 from which_measure_report import GAPS, correlation, measured, models_of, resampled
 
 RATIOS = {
@@ -70,10 +70,6 @@ def kinds_of(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
 
 
 # ------------------------------------------------------------------------------------------------------------ verdicts
-
-
-Judged = tuple[Claim, str, Effect]
-"""A claim, where it is looked at, and the effect there."""
 
 
 def pair_claims(rows: Sequence[Row]) -> list[Judged]:

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from study import Row
-from verdicts import Claim, Effect, Verdict, judge, models_to_decide, seeds_to_decide
+from verdicts import Claim, Effect, Judged, Verdict, judge, models_to_decide, seeds_to_decide
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # shared helpers
 from style import draw_band, new_figure, set_fonts
@@ -65,7 +65,7 @@ def verdict_line(claim: Claim, where: str, effect: Effect) -> list[str]:
     return [text, where, number(effect.estimate, effect), interval(effect), str(effect.num), f"**{verdict}**"]
 
 
-def outlook(claims: Iterable[tuple[Claim, str, Effect]]) -> str:
+def outlook(claims: Iterable[Judged]) -> str:
     """Return a sentence on each claim that is undecided: how many more seeds would decide it."""
     sentences = []
     for claim, where, effect in claims:
@@ -84,7 +84,7 @@ def outlook(claims: Iterable[tuple[Claim, str, Effect]]) -> str:
     return "If mean and scatter over seeds stay as they are:\n\n" + "\n".join(sentences) + "\n"
 
 
-def outlook_of_models(claims: Iterable[tuple[Claim, str, Effect]]) -> str:
+def outlook_of_models(claims: Iterable[Judged]) -> str:
     """Return a sentence on each claim on a rank correlation that is undecided: how many more models would decide it."""
     sentences = []
     for claim, where, effect in claims:

@@ -54,6 +54,10 @@ class Claim:
     margin: float = math.nan
 
 
+Judged = tuple[Claim, str, Effect]
+"""A claim, where it is looked at, and the effect there."""
+
+
 def judge(effect: Effect, direction: Direction, margin: float = math.nan) -> Verdict:
     """Return whether a claim holds, given an effect.
 

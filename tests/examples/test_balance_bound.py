@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import integrate, optimize, stats
 from torch import nn
-
-STUDIES = Path(__file__).parents[2] / "examples" / "studies"
-
 
 pytestmark = pytest.mark.usefixtures("import_path_of_studies")
 

@@ -11,9 +11,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-STUDIES = Path(__file__).parents[2] / "examples" / "studies"
-
-
 pytestmark = pytest.mark.usefixtures("import_path_of_studies")
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-STUDIES = Path(__file__).parents[2] / "examples" / "studies"
 STEPS = 5
 """Of an epoch of the small runs."""
 
